@@ -1,0 +1,1 @@
+"""The pretraining entry over ``megatron.training.pretrain``: ``python -m flagscale.train``."""

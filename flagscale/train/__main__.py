@@ -1,0 +1,104 @@
+"""``python -m flagscale.train [Megatron arguments]``: one process of a training job.
+
+Started once a device by ``flagscale.launch``, torchrun or srun, it finds its place in the job in
+``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from flagscale.errors import ConfigError, FlagScaleError
+from flagscale.patches.apply import active, apply, skipped
+from flagscale.patches.catalogue import builtin_groups
+from flagscale.platforms import activate, select
+from flagscale.train.arguments import add_flagscale_arguments
+
+DISABLE_PATCHES = "FLAGSCALE_DISABLE_PATCHES"
+ERROR_FILE = "FLAGSCALE_ERROR_FILE"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Choose the platform, apply the patches, train."""
+    early, _ = add_flagscale_arguments(
+        argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ).parse_known_args(argv)
+    platform, chosen_by = select(early.platform)
+    activate(platform)
+
+    groups = builtin_groups()
+    names = {group.name for group in groups}
+    disabled = frozenset(filter(None, os.environ.get(DISABLE_PATCHES, "").split(",")))
+    _refuse_unknown_groups(disabled, names, DISABLE_PATCHES)
+    allowed = frozenset(early.allow_changed_patches)
+    _refuse_unknown_groups(allowed, names, "--allow-changed-patches")
+    apply(groups, disabled=disabled, allow_changed=allowed)
+    sys.argv[1:] = [*platform.megatron_arguments, *argv]
+
+    from flagscale.train.pretraining import run
+
+    if os.environ.get("RANK", "0") == "0":
+        print(f"platform: {platform.name} ({chosen_by}): {platform.description}")
+        print(_describe_patches(), flush=True)
+    run(platform)
+
+
+def _refuse_unknown_groups(asked: Iterable[str], known: Iterable[str], where: str) -> None:
+    for name in sorted(set(asked) - set(known)):
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ConfigError(
+            f"there is no patch group {name!r}",
+            where=where,
+            expected=", ".join(sorted(known)),
+            cure=f"did you mean {near[0]!r}?" if near else "see `python -m flagscale.patches list`",
+        )
+
+
+def _describe_patches() -> str:
+    why = {patch.group: patch.why for patch in active()}
+    lines = [f"  on   {group}: {reason}" for group, reason in why.items()]
+    lines += [f"  off  {group}: {reason}" for group, reason in skipped().items()]
+    return "\n".join(["patches (python -m flagscale.patches list):", *lines])
+
+
+def _record_failure(message: str, exit_code: int) -> None:
+    """Leave the reason where the launcher looks for it."""
+    if os.environ.get(ERROR_FILE):
+        record = {
+            "rank": int(os.environ.get("RANK", "0")),
+            "time": time.time(),
+            "message": message,
+            "exit_code": exit_code,
+        }
+        Path(os.environ[ERROR_FILE]).write_text(json.dumps(record))
+
+
+def _leave(exit_code: int) -> NoReturn:
+    """End at once: with a rank gone, an orderly shutdown would wait for it in a collective."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except FlagScaleError as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        print(error, file=sys.stderr)
+        _record_failure(str(error), error.exit_code)
+        _leave(error.exit_code)
+    except Exception as error:
+        traceback.print_exc()
+        _record_failure(f"{type(error).__name__}: {error}", 1)
+        _leave(1)

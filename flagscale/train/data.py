@@ -1,0 +1,68 @@
+"""Datasets for pretraining: upstream's GPT dataset, built from the arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.training import get_args, get_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split
+from megatron.training.utils.common_utils import is_first_or_last_pipeline_stage
+
+__all__ = ["gpt_dataset_config", "provide_datasets"]
+
+
+def gpt_dataset_config(args: Any) -> GPTDatasetConfig:
+    """Upstream's dataset configuration for its own command line."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        context_parallel_size=args.context_parallel_size,
+    )
+
+
+def provide_datasets(
+    train_valid_test_num_samples: Sequence[int | None], vp_stage: int | None = None
+) -> list[Any]:
+    """Build the train, validation and test datasets where this rank reads data, else ``None``.
+
+    Args:
+        train_valid_test_num_samples: How many samples training will draw of each split.
+        vp_stage: The model chunk asked for, under a virtual pipeline.
+
+    Must be called on every rank: upstream's builder joins barriers.
+    """
+
+    def reads_data() -> bool:
+        first_tp_rank = mpu.get_tensor_model_parallel_rank() == 0
+        return first_tp_rank and bool(is_first_or_last_pipeline_stage(vp_stage))
+
+    config = gpt_dataset_config(get_args())
+    datasets: list[Any] = BlendedMegatronDatasetBuilder(
+        GPTDataset, train_valid_test_num_samples, reads_data, config
+    ).build()
+    return datasets
+
+
+# Upstream then calls it on every rank, and not only where the tensor-parallel rank is 0.
+provide_datasets.is_distributed = True  # type: ignore[attr-defined]

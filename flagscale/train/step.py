@@ -1,0 +1,132 @@
+"""One forward step of a GPT model: draw a micro batch, run the model, hand upstream the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.utils import (
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args, get_timers
+from megatron.training.utils.common_utils import is_first_or_last_pipeline_stage
+
+__all__ = ["forward_step", "get_batch", "masked_loss"]
+
+_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+
+# The factor over the largest loss seen that upstream's rerun engine is asked to call a spike.
+_SPIKY_LOSS_FACTOR = 10.0
+
+
+def get_batch(
+    data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | None
+) -> dict[str, Any]:
+    """This rank's part of the next micro batch.
+
+    Returns:
+        ``tokens``, ``labels``, ``position_ids`` [b, s] int64, ``loss_mask`` [b, s] float32 and
+        ``attention_mask`` [b, 1, s, s] bool; ``None`` for what this pipeline stage does not need.
+    """
+    args = get_args()
+    layout = args.pipeline_model_parallel_layout
+    has_mtp = args.mtp_num_layers is not None and mtp_on_this_rank(
+        layout=layout, mtp_num_layers=args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage
+    )
+    if not (is_first_or_last_pipeline_stage(vp_stage) or has_mtp):
+        return dict.fromkeys(_KEYS)
+
+    tp_rank = mpu.get_tensor_model_parallel_rank()
+    batch: dict[str, Any] = {}
+    if tp_rank == 0:
+        if data_iterator is None:
+            raise RuntimeError("this pipeline stage reads data but was given no data iterator")
+        drawn = next(data_iterator)
+        batch = {key: drawn[key].cuda(non_blocking=True) if key in drawn else None for key in _KEYS}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=has_mtp,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    batch = get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+    )
+    return {key: batch[key] for key in _KEYS}
+
+
+def masked_loss(
+    loss_mask: torch.Tensor, token_losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum the losses of the tokens that count.
+
+    Args:
+        loss_mask: [b, s] float32, 1 where a token counts.
+        token_losses: [b, s] cross entropies.
+
+    Returns:
+        The summed loss; the number of tokens summed (int32), by which upstream divides; and the
+        report, in which upstream sums both over micro batches and data-parallel ranks.
+    """
+    args = get_args()
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(token_losses.view(-1).float() * mask)
+    num_tokens = mask.sum().to(torch.int)
+
+    rerun = get_rerun_state_machine()
+    checks: list[tuple[Any, str, bool]] = []
+    if args.check_for_nan_in_loss_and_grad:
+        checks = [
+            (torch.isnan, "the loss is NaN", True),
+            (torch.isinf, "the loss is infinite", True),
+        ]
+    if args.check_for_spiky_loss:
+        is_spike = partial(
+            rerun.is_unexpectedly_large, threshold=_SPIKY_LOSS_FACTOR, context="loss"
+        )
+        checks.append((is_spike, "the loss spiked", False))
+    for rejection_func, message, fatal in checks:
+        rerun.validate_result(
+            result=loss, rejection_func=rejection_func, message=message, tolerance=0.0, fatal=fatal
+        )
+
+    report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
+    return loss, num_tokens, {"lm loss": report}
+
+
+def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    """Upstream's ``forward_step_func``.
+
+    Returns:
+        The model's output ([b, s] token losses on the last stage, hidden states before it) and the
+        function that turns token losses into a loss.
+    """
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    timers("batch-generator").stop()
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return output, partial(masked_loss, batch["loss_mask"])
