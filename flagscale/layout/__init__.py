@@ -1,0 +1,1 @@
+"""What is where: parallel ranks, parameters and buffers. Pure: no torch, no file."""
