@@ -15,7 +15,6 @@ import time
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from flagscale.errors import ConfigError, FlagScaleError
 from flagscale.patches.apply import active, apply, skipped
@@ -82,23 +81,29 @@ def _record_failure(message: str, exit_code: int) -> None:
         Path(os.environ[ERROR_FILE]).write_text(json.dumps(record))
 
 
-def _leave(exit_code: int) -> NoReturn:
-    """End at once: with a rank gone, an orderly shutdown would wait for it in a collective."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
-
-
-if __name__ == "__main__":
+def guarded_main(argv: Sequence[str]) -> int:
+    """Train; report a failure where people and the launcher look for it; return the exit code."""
     try:
-        main(sys.argv[1:])
+        main(argv)
+    except SystemExit as exit_request:  # upstream's way out after a signal or --exit-interval
+        return exit_request.code if isinstance(exit_request.code, int) else 0
     except FlagScaleError as error:
         if error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         print(error, file=sys.stderr)
         _record_failure(str(error), error.exit_code)
-        _leave(error.exit_code)
+        return error.exit_code
     except Exception as error:
         traceback.print_exc()
         _record_failure(f"{type(error).__name__}: {error}", 1)
-        _leave(1)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    status = guarded_main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        # With a rank gone, an orderly shutdown would wait for it in a collective.
+        os._exit(status)

@@ -1,0 +1,73 @@
+"""A rank is killed in mid-run; the job starts again; nothing can be told from the result."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from harness import train
+from harness.corpus import model_argv
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+_KILLED_AT = 5
+_LAST = 8
+
+
+def _tensor_digests(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of every tensor's bytes, by its name in the checkpoint."""
+    import torch
+
+    reader = FileSystemReader(checkpoint)
+    metadata = reader.read_metadata().state_dict_metadata
+    state: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    assert len(state) + sum(isinstance(e, BytesStorageMetadata) for e in metadata.values()) == len(
+        metadata
+    )
+    load(state, storage_reader=reader, no_dist=True)
+    return {
+        name: hashlib.sha256(np.asarray(tensor.view(torch.uint8)).tobytes()).hexdigest()
+        for name, tensor in state.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param({}, id="DP2"), pytest.param({"tensor_model_parallel_size": 2}, id="TP2")],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's reader, on its own internals
+def test_killed_and_restarted_is_bit_identical(
+    corpus: Path, tmp_path: Path, layout: dict[str, object]
+) -> None:
+    def run(name: str, attempt: int = 0, kill: tuple[int, int] | None = None) -> Any:
+        save = tmp_path / name
+        argv = model_argv(
+            corpus, train_iters=_LAST, save=save, load=save, save_interval=4, **layout
+        )
+        return train(argv, tmp_path / f"{name}.{attempt}", 2, kill=kill)
+
+    whole = run("whole").require_success()
+
+    killed = run("broken", 0, kill=(1, _KILLED_AT))
+    assert killed.exit_codes[1] == -9
+    assert killed.exit_codes[0] != 0
+    assert (tmp_path / "broken" / "latest_checkpointed_iteration.txt").read_text() == "4"
+    restarted = run("broken", 1).require_success()
+
+    assert sorted(restarted.losses) == [5, 6, 7, 8]
+    assert restarted.losses == {i: whole.losses[i] for i in restarted.losses}
+    whole_norms = [s.grad_norm for s in whole.ranks[-1].steps][4:]
+    assert [s.grad_norm for s in restarted.ranks[-1].steps] == whole_norms
+
+    digests = _tensor_digests(tmp_path / "broken" / "iter_0000008")
+    assert digests == _tensor_digests(tmp_path / "whole" / "iter_0000008")
+    assert any(".exp_avg_sq" in name for name in digests)
+    assert any("linear_qkv" in name for name in digests)

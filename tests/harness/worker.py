@@ -1,0 +1,56 @@
+"""What a rank does: become the process that ``python -m flagscale.train`` would be."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["run_rank"]
+
+
+def run_rank(
+    argv: Sequence[str], environ: Mapping[str, str], work_dir: str, kill_at: int | None
+) -> None:
+    """Entry of the forked process; never returns."""
+    os.setsid()  # so that whatever it starts can be ended with it
+    rank = environ["RANK"]
+    base = Path(work_dir) / f"rank_{rank}"
+    log = os.open(f"{base}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(environ)
+    os.environ["FLAGSCALE_ERROR_FILE"] = f"{base}.error"
+    # A process that upstream spawns must not import the test runner again.
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    sys.argv = ["flagscale.train", *argv]
+
+    if not getattr(sys.modules.get("harness.preload"), "LOADED", False):
+        raise RuntimeError("the fork server could not import harness.preload")
+    from flagscale.hooks import HOOKS, StepEvent
+    from flagscale.train.__main__ import guarded_main
+
+    steps = open(f"{base}.steps.jsonl", "w")  # noqa: SIM115 - open until the process ends
+
+    def record(event: StepEvent) -> None:
+        row: dict[str, Any] = {
+            "iteration": event.iteration,
+            "losses": {name: float(loss) for name, loss in event.losses.items()},
+            "grad_norm": float(event.grad_norm or 0.0),
+            "skipped": event.skipped,
+        }
+        steps.write(json.dumps(row) + "\n")
+        steps.flush()
+        if event.iteration == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    HOOKS.on_step_end.append(record)
+    exit_code = guarded_main(argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
