@@ -12,15 +12,6 @@ _TP = "tensor_model_parallel_size"
 _PP = "pipeline_model_parallel_size"
 
 
-@pytest.fixture(scope="module")
-def fp32_checkpoint(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One step from a seed on one rank, saved in fp32."""
-    work = tmp_path_factory.mktemp("fp32")
-    argv = model_argv(corpus, bf16=False, save=work / "checkpoints", save_interval=1, train_iters=1)
-    train(argv, work / "logs").require_success()
-    return work / "checkpoints"
-
-
 def _losses(
     corpus: Path, checkpoint: Path, work: Path, nproc: int, **layout: object
 ) -> list[float]:

@@ -8,34 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from harness import train
+from harness.checkpoint import read_tensors
 from harness.corpus import model_argv
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 
 _KILLED_AT = 5
 _LAST = 8
 
 
 def _tensor_digests(checkpoint: Path) -> dict[str, str]:
-    """SHA-256 of every tensor's bytes, by its name in the checkpoint."""
-    import torch
-
-    reader = FileSystemReader(checkpoint)
-    metadata = reader.read_metadata().state_dict_metadata
-    state: dict[str, Any] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    assert len(state) + sum(isinstance(e, BytesStorageMetadata) for e in metadata.values()) == len(
-        metadata
-    )
-    load(state, storage_reader=reader, no_dist=True)
     return {
         name: hashlib.sha256(np.asarray(tensor.view(torch.uint8)).tobytes()).hexdigest()
-        for name, tensor in state.items()
+        for name, tensor in read_tensors(checkpoint).items()
     }
 
 
@@ -43,7 +28,6 @@ def _tensor_digests(checkpoint: Path) -> dict[str, str]:
     "layout",
     [pytest.param({}, id="DP2"), pytest.param({"tensor_model_parallel_size": 2}, id="TP2")],
 )
-@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's reader, on its own internals
 def test_killed_and_restarted_is_bit_identical(
     corpus: Path, tmp_path: Path, layout: dict[str, object]
 ) -> None:

@@ -30,7 +30,7 @@ def write_corpus(prefix: Path, num_documents: int = 200, seed: int = 0) -> Path:
 
 
 def model_argv(prefix: Path, **overrides: object) -> list[str]:
-    """Arguments of a four-layer Aquila-shaped model; ``name=None`` drops one, ``True`` sets a flag."""
+    """Arguments of a four-layer Aquila-shaped model; ``None`` drops one, ``True`` is a flag."""
     arguments: dict[str, object] = {
         "num_layers": 4,
         "hidden_size": 64,
