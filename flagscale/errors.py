@@ -7,6 +7,7 @@
     │   ├── PatchTargetMissingError
     │   ├── PatchSourceChangedError
     │   └── PatchConflictError
+    ├── PluginError                     exit code 2   a plugin cannot be loaded, or failed to start
     ├── DataError                       exit code 2   input data is missing or malformed
     └── CheckpointError                 exit code 3   a checkpoint is missing, broken or unfit
 
@@ -25,6 +26,7 @@ __all__ = [
     "PatchSourceChangedError",
     "PatchTargetMissingError",
     "PlatformError",
+    "PluginError",
 ]
 
 
@@ -97,6 +99,12 @@ class PatchSourceChangedError(PatchError):
 
 class PatchConflictError(PatchError):
     """Two parties claim the same target."""
+
+
+class PluginError(FlagScaleError):
+    """A plugin cannot be loaded, or failed to start; nothing has been started."""
+
+    exit_code = 2
 
 
 class DataError(FlagScaleError):

@@ -1,18 +1,62 @@
 """What happens in a training run, told to whoever asks: a list of callables for each event.
 
-Upstream has no hook for the end of a step or of a save. :mod:`flagscale.patches.training_events`
-tells this module, and the training entry (throughput, the run's begun-marker) listens. Nothing here
-imports torch or megatron. A listener that raises ends the run: an error swallowed in a hook is a
-silent fallback.
+Upstream has no hook for the end of a step, a save, or the decision to save.
+:mod:`flagscale.patches.training_events` and the pretraining entry tell this module of them, and
+plugins listen. Nothing here imports torch or megatron. A listener that raises ends the run: an
+error swallowed in a hook is a silent fallback.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import enum
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["HOOKS", "Hooks", "SaveEvent", "StepEvent"]
+__all__ = [
+    "HOOKS",
+    "ExitEvent",
+    "ForwardLoss",
+    "Hooks",
+    "SaveEvent",
+    "SaveReason",
+    "SaveRequest",
+    "StepEvent",
+    "TrainStart",
+]
+
+
+@dataclass(frozen=True)
+class TrainStart:
+    """Model, optimizer and data are there, a checkpoint is loaded; the first step comes next.
+
+    Args:
+        iteration: Iterations done so far; 0 in a fresh run.
+        consumed_samples: Samples the whole job has consumed so far.
+        model: This rank's model chunks, wrapped.
+        optimizer: Upstream's.
+    """
+
+    iteration: int
+    consumed_samples: int
+    model: Sequence[Any]
+    optimizer: Any
+
+
+@dataclass(frozen=True)
+class ForwardLoss:
+    """The losses of one micro batch, on a rank of the last pipeline stage; also in evaluation.
+
+    The tensors are the device's own, part of the graph: read them without synchronising.
+
+    Args:
+        token_losses: [b, s] cross entropies; [b, s / cp] under context parallelism.
+        loss_mask: [b, s] float32, 1 where a token counts; the mean over row ``i`` under it is the
+            loss of the micro batch's sample ``i``.
+    """
+
+    token_losses: Any
+    loss_mask: Any
 
 
 @dataclass(frozen=True)
@@ -23,6 +67,7 @@ class StepEvent:
         iteration: 1-based, as upstream logs it.
         losses: Name to scalar tensor; empty on every rank but those of the last pipeline stage.
         grad_norm: Global gradient norm before clipping, ``None`` where upstream has none.
+        learning_rate: As upstream logs it for this step, ``None`` on a rank without parameters.
         skipped: Whether the optimizer refused the step (fp16 overflow, NaN).
         seconds: Wall time of the step on this rank.
     """
@@ -30,8 +75,24 @@ class StepEvent:
     iteration: int
     losses: Mapping[str, Any]
     grad_norm: float | None
+    learning_rate: float | None
     skipped: bool
     seconds: float
+
+
+class SaveReason(enum.Enum):
+    """Why upstream is about to save. Saves on a signal or at an exit are never asked about."""
+
+    INTERVAL = "interval"
+    BATCH_SIZE_CHANGE = "batch-size change"
+
+
+@dataclass(frozen=True)
+class SaveRequest:
+    """A save that may be refused. Every rank is asked, and every rank must answer alike."""
+
+    iteration: int
+    reason: SaveReason
 
 
 @dataclass(frozen=True)
@@ -47,12 +108,33 @@ class SaveEvent:
     seconds: float
 
 
+@dataclass(frozen=True)
+class ExitEvent:
+    """The run is over on this rank.
+
+    Args:
+        exit_code: What the process will end with.
+        error: What ended it, ``None`` if it was not an error.
+    """
+
+    exit_code: int
+    error: BaseException | None
+
+
 @dataclass
 class Hooks:
-    """The listeners of this process."""
+    """The listeners of this process, in the order they are called."""
 
+    on_train_start: list[Callable[[TrainStart], None]] = field(default_factory=list)
+    on_forward_loss: list[Callable[[ForwardLoss], None]] = field(default_factory=list)
     on_step_end: list[Callable[[StepEvent], None]] = field(default_factory=list)
+    should_save: list[Callable[[SaveRequest], bool]] = field(default_factory=list)
     on_save: list[Callable[[SaveEvent], None]] = field(default_factory=list)
+    on_exit: list[Callable[[ExitEvent], None]] = field(default_factory=list)
+
+    def may_save(self, request: SaveRequest) -> bool:
+        """Whether no listener refuses the save."""
+        return all(listener(request) for listener in self.should_save)
 
 
 HOOKS = Hooks()

@@ -21,10 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flagscale.errors import ConfigError, FlagScaleError, PatchSourceChangedError
-from flagscale.patches.catalogue import RECORDED_FROM, builtin_groups
+from flagscale.patches.catalogue import RECORDED_FROM
 from flagscale.patches.check import Finding, Report, Status, check, diff
 from flagscale.patches.registry import PatchGroup
 from flagscale.patches.source import SourceTree
+from flagscale.plugins import load_plugins
 
 _WIDTH = 100
 
@@ -109,7 +110,7 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 
 def _groups(name: str | None) -> tuple[PatchGroup, ...]:
-    groups = {group.name: group for group in builtin_groups()}
+    groups = {group.name: group for plugin in load_plugins() for group in plugin.patch_groups}
     if name is None:
         return tuple(groups.values())
     if name not in groups:

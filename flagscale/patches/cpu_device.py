@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from flagscale.patches.registry import Condition, Kind, Patch, PatchGroup
-from flagscale.platforms import active_platform_name
+from flagscale.platforms import active_platform
 
 __all__ = ["DEVICE_GROUP", "INITIALIZE_GROUP"]
 
@@ -237,7 +237,7 @@ _FACTORIES = (
 )
 
 _ON_CPU = Condition(
-    lambda: active_platform_name() == "cpu",
+    lambda: active_platform().name == "cpu",
     when_true="the platform is cpu",
     when_false="the platform is not cpu",
 )

@@ -12,15 +12,13 @@ import sys
 from collections.abc import Mapping
 
 from flagscale.errors import PlatformError
-from flagscale.platforms.cpu import CPU
-from flagscale.platforms.cuda import CUDA
 from flagscale.platforms.platform import Platform
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",
     "Platform",
     "activate",
-    "active_platform_name",
+    "active_platform",
     "platforms",
     "register",
     "select",
@@ -124,10 +122,10 @@ def activate(platform: Platform) -> None:
     _ACTIVE.append(platform)
 
 
-def active_platform_name() -> str:
-    """The name of the active platform, or of the one that would be chosen now."""
-    return _ACTIVE[0].name if _ACTIVE else select()[0].name
+def active_platform() -> Platform:
+    """The active platform, or the one that would be chosen now.
 
-
-register(CUDA)
-register(CPU)
+    Raises:
+        PlatformError: None is active, and none can be chosen.
+    """
+    return _ACTIVE[0] if _ACTIVE else select()[0]

@@ -13,13 +13,14 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from flagscale.errors import ConfigError, FlagScaleError
+from flagscale.hooks import HOOKS, ExitEvent
 from flagscale.patches.apply import active, apply, skipped
-from flagscale.patches.catalogue import builtin_groups
 from flagscale.platforms import activate, select
+from flagscale.plugins import load_plugins
 from flagscale.train.arguments import add_flagscale_arguments
 
 DISABLE_PATCHES = "FLAGSCALE_DISABLE_PATCHES"
@@ -27,14 +28,15 @@ ERROR_FILE = "FLAGSCALE_ERROR_FILE"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Choose the platform, apply the patches, train."""
+    """Load the plugins, choose the platform, apply the patches, train."""
+    plugins = load_plugins()
     early, _ = add_flagscale_arguments(
-        argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        argparse.ArgumentParser(add_help=False, allow_abbrev=False), plugins
     ).parse_known_args(argv)
     platform, chosen_by = select(early.platform)
     activate(platform)
 
-    groups = builtin_groups()
+    groups = [group for plugin in plugins for group in plugin.patch_groups]
     names = {group.name for group in groups}
     disabled = frozenset(filter(None, os.environ.get(DISABLE_PATCHES, "").split(",")))
     _refuse_unknown_groups(disabled, names, DISABLE_PATCHES)
@@ -47,8 +49,9 @@ def main(argv: Sequence[str]) -> None:
 
     if os.environ.get("RANK", "0") == "0":
         print(f"platform: {platform.name} ({chosen_by}): {platform.description}")
+        print("plugins:", ", ".join(plugin.name for plugin in plugins))
         print(_describe_patches(), flush=True)
-    run(platform)
+    run(plugins)
 
 
 def _refuse_unknown_groups(asked: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -83,21 +86,32 @@ def _record_failure(message: str, exit_code: int) -> None:
 
 def guarded_main(argv: Sequence[str]) -> int:
     """Train; report a failure where people and the launcher look for it; return the exit code."""
+    exit_code, error = _attempt(lambda: main(argv))
+    hook_exit_code, _ = _attempt(lambda: _tell_exit(ExitEvent(exit_code, error)))
+    return exit_code or hook_exit_code
+
+
+def _attempt(action: Callable[[], None]) -> tuple[int, Exception | None]:
     try:
-        main(argv)
+        action()
     except SystemExit as exit_request:  # upstream's way out after a signal or --exit-interval
-        return exit_request.code if isinstance(exit_request.code, int) else 0
+        return exit_request.code if isinstance(exit_request.code, int) else 0, None
     except FlagScaleError as error:
         if error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         print(error, file=sys.stderr)
         _record_failure(str(error), error.exit_code)
-        return error.exit_code
+        return error.exit_code, error
     except Exception as error:
         traceback.print_exc()
         _record_failure(f"{type(error).__name__}: {error}", 1)
-        return 1
-    return 0
+        return 1, error
+    return 0, None
+
+
+def _tell_exit(event: ExitEvent) -> None:
+    for listener in HOOKS.on_exit:
+        listener(event)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
+
+from flagscale.plugins import Plugin, load_plugins
+from flagscale.plugins import add_arguments as plugin_arguments
 
 __all__ = ["add_flagscale_arguments"]
 
 
-def add_flagscale_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the group ``FlagScale``; returns ``parser``, as upstream's argument providers do."""
+def add_flagscale_arguments(
+    parser: argparse.ArgumentParser, plugins: Iterable[Plugin] | None = None
+) -> argparse.ArgumentParser:
+    """Add what the entry itself needs, and what the plugins want.
+
+    Args:
+        parser: Upstream's.
+        plugins: Whose arguments to add; all that :func:`flagscale.plugins.load_plugins` allows
+            unless given.
+
+    Returns:
+        ``parser``, as upstream's argument providers do.
+    """
     group = parser.add_argument_group(title="FlagScale")
     group.add_argument(
         "--platform",
@@ -24,11 +39,5 @@ def add_flagscale_arguments(parser: argparse.ArgumentParser) -> argparse.Argumen
         help="Apply these patch groups although the upstream source they were written against has "
         "changed. See `python -m flagscale.patches check`.",
     )
-    group.add_argument(
-        "--device-peak-tflops",
-        type=float,
-        default=None,
-        help="Dense peak of one device at the dtype trained in, in TFLOP/s, for model FLOPs "
-        "utilisation; otherwise the platform's own figure.",
-    )
+    plugin_arguments(load_plugins() if plugins is None else plugins, parser)
     return parser

@@ -18,6 +18,8 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers
 from megatron.training.utils.common_utils import is_first_or_last_pipeline_stage
 
+from flagscale.hooks import HOOKS, ForwardLoss
+
 __all__ = ["forward_step", "get_batch", "masked_loss"]
 
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -88,6 +90,8 @@ def masked_loss(
     args = get_args()
     mask = loss_mask.view(-1).float()
     loss = torch.sum(token_losses.view(-1).float() * mask)
+    for listener in HOOKS.on_forward_loss:
+        listener(ForwardLoss(token_losses, loss_mask))
     num_tokens = mask.sum().to(torch.int)
 
     rerun = get_rerun_state_machine()

@@ -1,12 +1,16 @@
-"""Tokens a second, model FLOPs utilisation, and the summary at the end. No torch, no megatron."""
+"""Tokens a second, model FLOPs utilisation, and the summary at the end."""
 
 from __future__ import annotations
 
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-__all__ = ["AQUILA_TOKENS_PER_DEVICE_SECOND", "Throughput"]
+from flagscale.hooks import ExitEvent, Hooks, StepEvent, TrainStart
+from flagscale.platforms import active_platform
+
+__all__ = ["AQUILA_TOKENS_PER_DEVICE_SECOND", "Throughput", "add_arguments", "connect"]
 
 AQUILA_TOKENS_PER_DEVICE_SECOND = {"Aquila2-7B": 3014, "Aquila2-34B": 535}
 """Published training speeds by the same formula: total tokens / (device hours x 3600)."""
@@ -68,3 +72,51 @@ class Throughput:
             f"  total tokens / (device hours x 3600) = {speed:.1f} tokens/s/device "
             f"(published, on A100: {published})"
         )
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """``--device-peak-tflops``."""
+    parser.add_argument_group(title="FlagScale: throughput").add_argument(
+        "--device-peak-tflops",
+        type=float,
+        default=None,
+        help="Dense peak of one device at the dtype trained in, in TFLOP/s, for model FLOPs "
+        "utilisation; otherwise the platform's own figure.",
+    )
+
+
+def connect(hooks: Hooks, args: Namespace) -> None:
+    """Log speed at each log interval, and the summary when the run ends without an error."""
+    from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+    from megatron.training import print_rank_0, print_rank_last
+    from megatron.training.training import num_floating_point_operations
+
+    meters: list[Throughput] = []
+
+    def start(_event: TrainStart) -> None:
+        peak_tflops = args.device_peak_tflops or active_platform().peak_tflops(_dtype(args))
+        meters.append(Throughput(args.world_size, peak_tflops))
+        known = f"{peak_tflops:.3g} TFLOP/s" if peak_tflops else "unknown (--device-peak-tflops)"
+        print_rank_0(f"device: {active_platform().device_name()}, peak {known}")
+
+    def count(event: StepEvent) -> None:
+        samples = get_current_global_batch_size()
+        meters[-1].add_step(
+            tokens=samples * args.seq_length,
+            flops=num_floating_point_operations(args, samples),
+            seconds=event.seconds,
+        )
+        if event.iteration % args.log_interval == 0:
+            print_rank_last(meters[-1].log_line(event.iteration))
+
+    def finish(event: ExitEvent) -> None:
+        if meters and event.error is None:
+            print_rank_last(meters[-1].summary())
+
+    hooks.on_train_start.append(start)
+    hooks.on_step_end.append(count)
+    hooks.on_exit.append(finish)
+
+
+def _dtype(args: Namespace) -> str:
+    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"

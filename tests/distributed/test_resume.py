@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def _tensor_digests(checkpoint: Path) -> dict[str, str]:
 def test_killed_and_restarted_is_bit_identical(
     corpus: Path, tmp_path: Path, layout: dict[str, object]
 ) -> None:
-    def run(name: str, attempt: int = 0, kill: tuple[int, int] | None = None) -> Any:
+    def run(
+        name: str, attempt: int = 0, kill: tuple[int, int, signal.Signals] | None = None
+    ) -> Any:
         save = tmp_path / name
         argv = model_argv(
             corpus, train_iters=_LAST, save=save, load=save, save_interval=4, **layout
@@ -40,7 +43,7 @@ def test_killed_and_restarted_is_bit_identical(
 
     whole = run("whole").require_success()
 
-    killed = run("broken", 0, kill=(1, _KILLED_AT))
+    killed = run("broken", 0, kill=(1, _KILLED_AT, signal.SIGKILL))
     assert killed.exit_codes[1] == -9
     assert killed.exit_codes[0] != 0
     assert (tmp_path / "broken" / "latest_checkpointed_iteration.txt").read_text() == "4"

@@ -107,7 +107,7 @@ def train(
     nproc: int = 1,
     *,
     environ: Mapping[str, str] | None = None,
-    kill: tuple[int, int] | None = None,
+    kill: tuple[int, int, signal.Signals] | None = None,
     timeout_s: float = 120.0,
 ) -> RunResult:
     """Run ``python -m flagscale.train argv`` on ``nproc`` ranks of this machine.
@@ -117,7 +117,7 @@ def train(
         work_dir: Where logs go; made if missing. Give each run one of its own.
         nproc: World size.
         environ: Set in every rank, after the harness's own.
-        kill: ``(rank, iteration)``: SIGKILL that rank when it ends that iteration.
+        kill: ``(rank, iteration, signal)``: send that rank a signal when it ends that iteration.
         timeout_s: Everything is ended and the test fails after this.
     """
     _start_server()
@@ -138,7 +138,7 @@ def train(
                 [str(word) for word in argv],
                 {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 str(work_dir),
-                kill[1] if kill and kill[0] == rank else None,
+                kill[1:] if kill and kill[0] == rank else None,
             ),
         )
         for rank in range(nproc)

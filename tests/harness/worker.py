@@ -15,7 +15,10 @@ __all__ = ["run_rank"]
 
 
 def run_rank(
-    argv: Sequence[str], environ: Mapping[str, str], work_dir: str, kill_at: int | None
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    work_dir: str,
+    kill: tuple[int, signal.Signals] | None,
 ) -> None:
     """Entry of the forked process; never returns."""
     os.setsid()  # so that whatever it starts can be ended with it
@@ -46,8 +49,8 @@ def run_rank(
         }
         steps.write(json.dumps(row) + "\n")
         steps.flush()
-        if event.iteration == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if kill and event.iteration == kill[0]:
+            os.kill(os.getpid(), kill[1])
 
     HOOKS.on_step_end.append(record)
     exit_code = guarded_main(argv)
