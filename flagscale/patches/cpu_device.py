@@ -226,6 +226,23 @@ def _allow_no_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
     return initialize_megatron
 
 
+def _keep_device_rng(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def build_train_valid_test_data_iterators(*args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        # A data loader draws a seed from the host's generator. On a CPU that is the device's too,
+        # and a restart, which builds its loaders after it has restored the generator, would drop
+        # out other activations than the run it continues.
+        state = torch.default_generator.get_state()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            torch.default_generator.set_state(state)
+
+    return build_train_valid_test_data_iterators
+
+
 def _builtin(replacement: Callable[[Any], Any], module: str, *names: str) -> tuple[Patch, ...]:
     return tuple(Patch(f"{module}:{name}", Kind.BUILTIN, replacement) for name in names)
 
@@ -280,8 +297,14 @@ INITIALIZE_GROUP = PatchGroup(
             replacement=_allow_no_cuda,
             fingerprint="fafb0496b6576a82",
         ),
+        Patch(
+            target="megatron.training.training:build_train_valid_test_data_iterators",
+            kind=Kind.FUNCTION,
+            replacement=_keep_device_rng,
+            fingerprint="ef1b589969ef64d8",
+        ),
     ),
-    reason="upstream asserts that CUDA is available",
-    upstream="megatron-core 0.19.2, training/initialize.py:62",
+    reason="upstream asserts that CUDA is there, and counts on its generator not being the host's",
+    upstream="megatron-core 0.19.2, training/initialize.py:62, training/training.py:4601",
     enabled_if=_ON_CPU,
 )

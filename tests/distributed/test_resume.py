@@ -37,7 +37,14 @@ def test_killed_and_restarted_is_bit_identical(
     ) -> Any:
         save = tmp_path / name
         argv = model_argv(
-            corpus, train_iters=_LAST, save=save, load=save, save_interval=4, **layout
+            corpus,
+            train_iters=_LAST,
+            save=save,
+            load=save,
+            save_interval=4,
+            attention_dropout=0.1,  # so that every generator's state matters
+            hidden_dropout=0.1,
+            **layout,
         )
         return train(argv, tmp_path / f"{name}.{attempt}", 2, kill=kill)
 
