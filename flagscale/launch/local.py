@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from flagscale.errors import ConfigError
+from flagscale.launch.paths import ArgumentPath, verify_inputs, verify_outputs
 from flagscale.launch.plan import LaunchPlan, Worker
 from flagscale.layout.parallel import Problem, raise_problems
 
@@ -37,32 +38,10 @@ _LIBC = ctypes.CDLL(None)
 
 
 def verify_paths(plan: LaunchPlan) -> list[Problem]:
-    """What the file system lacks for this plan: inputs, or a writable run directory."""
-    problems = [
-        Problem(
-            "a path does not exist",
-            needed.where,
-            f"{needed.path}",
-            "nothing there",
-            "correct the path, or prepare the data first",
-        )
-        for needed in plan.inputs
-        if not needed.path.exists()
-    ]
-    existing = plan.run_dir
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        problems.append(
-            Problem(
-                "the run directory cannot be written",
-                "--output-dir",
-                f"{plan.run_dir} can be made and written",
-                f"{existing} is not a writable directory",
-                "choose another directory, or change its permissions",
-            )
-        )
-    return problems
+    """What the file system lacks for this plan: inputs, or directories that can be written."""
+    run_dir = ArgumentPath(plan.run_dir, "--output-dir")
+    # Most others are below the run directory: one complaint is enough.
+    return verify_inputs(plan.inputs) + (verify_outputs([run_dir]) or verify_outputs(plan.outputs))
 
 
 def execute_local(

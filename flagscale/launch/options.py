@@ -133,14 +133,19 @@ def _cache_file() -> Path:
             expected="a package megatron.training",
             cure="pip install -c constraints.txt -e .",
         )
-    ours = Path(flagscale.__file__).parent / "train" / "arguments.py"
+    ours = sorted((Path(flagscale.__file__).parent / "train").glob("*.py"))
     identity = [flagscale.__version__, sys.version, Path(__file__).read_text()]
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a source tree
         identity.append(importlib.metadata.version("megatron-core"))
-    for path in [*upstream, ours]:
+    for path in [*upstream, *ours]:
         with contextlib.suppress(FileNotFoundError):
             stat = path.stat()
             identity.append(f"{path} {stat.st_mtime_ns} {stat.st_size}")
+    # Plugins add options too; which of them are loaded is for the environment to say.
+    identity.append(os.environ.get("FLAGSCALE_PLUGINS", "all"))
+    for plugin in sorted(importlib.metadata.entry_points(group="flagscale.plugins")):
+        version = plugin.dist.version if plugin.dist else ""
+        identity.append(f"{plugin.name} {plugin.value} {version}")
     digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root, "flagscale", f"options-{digest}.json")

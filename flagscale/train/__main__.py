@@ -6,7 +6,6 @@ Started once a device by ``flagscale.launch``, torchrun or srun, it finds its pl
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import os
@@ -22,6 +21,7 @@ from flagscale.patches.apply import active, apply, skipped
 from flagscale.platforms import activate, select
 from flagscale.plugins import load_plugins
 from flagscale.train.arguments import add_flagscale_arguments
+from flagscale.train.preflight import ArgumentParser
 
 DISABLE_PATCHES = "FLAGSCALE_DISABLE_PATCHES"
 ERROR_FILE = "FLAGSCALE_ERROR_FILE"
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     """Load the plugins, choose the platform, apply the patches, train."""
     plugins = load_plugins()
     early, _ = add_flagscale_arguments(
-        argparse.ArgumentParser(add_help=False, allow_abbrev=False), plugins
+        ArgumentParser(add_help=False, allow_abbrev=False), plugins
     ).parse_known_args(argv)
     platform, chosen_by = select(early.platform)
     activate(platform)

@@ -2,49 +2,75 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
-import os
-from argparse import Namespace
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 from flagscale.errors import ConfigError
+from flagscale.launch.paths import input_paths, output_paths, verify_inputs, verify_outputs
+from flagscale.layout.arguments import verify_arguments as verify_layout_arguments
+from flagscale.layout.parallel import Problem, raise_problems
 
-__all__ = ["verify_arguments", "verify_options"]
+__all__ = ["ArgumentParser", "parse_arguments", "verify_arguments"]
 
 
-def verify_options(argv: Sequence[str], known: Iterable[str]) -> None:
-    """Refuse an option nobody knows, naming the nearest one that is known.
+class ArgumentParser(argparse.ArgumentParser):
+    """Reports mistakes as the project's own errors, where argparse prints and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(message, where="command line", cure="see --help")
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """What a parser, upstream's for example, makes of a command line.
 
     Raises:
-        ConfigError: See above.
+        ConfigError: An option is unknown, with the nearest one that is not, or a value is wrong.
     """
-    options = set(known)
+    known = parser._option_string_actions
     for word in argv:
         option = word.partition("=")[0]
-        if option.startswith("--") and option not in options:
-            near = difflib.get_close_matches(option, options, n=1)
+        if option.startswith("--") and option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
             raise ConfigError(
                 f"there is no option {option}",
                 where="command line",
                 got=word,
                 cure=f"did you mean {near[0]}?" if near else "see --help",
             )
+    strict = ArgumentParser(prog=parser.prog, parents=[parser], add_help=False, allow_abbrev=False)
+    return strict.parse_args(argv)
 
 
-def verify_arguments(args: Namespace) -> None:
-    """Refuse what cannot train: unsupported data modes and missing files.
+def verify_arguments(args: argparse.Namespace, world_size: int) -> None:
+    """Refuse what cannot train: unsupported data modes, misfit layouts, missing files.
+
+    Args:
+        args: As parsed, before upstream has completed them.
+        world_size: Ranks in all.
 
     Raises:
-        ConfigError: See above.
+        ConfigError: All that is wrong.
     """
-    _verify_data_mode(args)
-    _verify_paths(args)
+    values = vars(args)
+    problems = _verify_data_mode(values)
+    if not args.use_checkpoint_args:  # then only the checkpoint knows the sizes
+        problems += verify_layout_arguments(values, world_size)
+    problems += verify_inputs(input_paths(values))
+    problems += verify_outputs(output_paths(values))
+    raise_problems(problems)
 
 
 # The forward step here feeds dense [b, s] batches; each of these asks for something else, and
 # training on without it would be a silent fallback.
 _UNSUPPORTED = {
+    "mock_data": "--mock-data",
     "sft": "--sft",
     "fim_data": "--fim-data",
     "dataloader_inter_document_masking": "--dataloader-inter-document-masking",
@@ -56,59 +82,15 @@ _UNSUPPORTED = {
 }
 
 
-def _verify_data_mode(args: Namespace) -> None:
-    for attribute, option in _UNSUPPORTED.items():
-        if getattr(args, attribute, None):
-            raise ConfigError(
-                f"{option} is not supported by this pretraining entry",
-                where=option,
-                cure="drop it; the entry trains GPT models on dense, packed sequences",
-            )
-
-
-def _data_prefixes(args: Namespace) -> list[str]:
-    words: list[str] = []
-    for attribute in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
-        words += getattr(args, attribute, None) or []
-    return [word for word in words if not _is_number(word)]
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
-def _verify_paths(args: Namespace) -> None:
-    for prefix in _data_prefixes(args):
-        for suffix in (".bin", ".idx"):
-            _require_file(f"{prefix}{suffix}", "--data-path", "run tools/preprocess_data.py first")
-    tokenizer = getattr(args, "tokenizer_model", None)
-    # A name without a slash may be one in a hub's cache, which only the tokenizer library knows.
-    if tokenizer and os.sep in tokenizer:
-        _require_file(tokenizer, "--tokenizer-model", "train one with tools/train_tokenizer.py")
-    load, save = getattr(args, "load", None), getattr(args, "save", None)
-    if load and load != save:
-        _require_file(load, "--load", "correct the path, or drop --load to train from random")
-    if save:
-        _require_writable(Path(save))
-
-
-def _require_file(path: str, option: str, cure: str) -> None:
-    if not Path(path).exists():
-        raise ConfigError("a path does not exist", where=option, expected=path, cure=cure)
-
-
-def _require_writable(directory: Path) -> None:
-    existing = directory
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(
-            "checkpoints cannot be written here",
-            where="--save",
-            got=f"{existing} is not a writable directory",
-            cure="choose another directory, or change its permissions",
+def _verify_data_mode(values: Mapping[str, Any]) -> list[Problem]:
+    return [
+        Problem(
+            f"{option} is not supported by this pretraining entry",
+            option,
+            "GPT models on dense, packed sequences",
+            str(values[attribute]),
+            "drop it",
         )
+        for attribute, option in _UNSUPPORTED.items()
+        if values.get(attribute)
+    ]

@@ -126,7 +126,7 @@ def test_broken_plugins_stop_the_job(
     assert "example" in done.stderr
 
 
-@pytest.mark.parametrize(("allowed", "returncode"), [("", 2), ("exampel", 2), ("example", 0)])
+@pytest.mark.parametrize(("allowed", "returncode"), [("", 2), ("examples", 2), ("example", 0)])
 def test_allow_list(example: Path, allowed: str, returncode: int, tmp_path: Path) -> None:
     code = (
         "import sys\n"
@@ -148,7 +148,7 @@ def test_allow_list(example: Path, allowed: str, returncode: int, tmp_path: Path
         timeout=60,
     )
     assert done.returncode == returncode, done.stdout + done.stderr
-    assert ("did you mean 'example'" in done.stdout) == (allowed == "exampel")
+    assert ("did you mean 'example'" in done.stdout) == (allowed == "examples")
 
 
 def test_the_device_plugin_of_the_documentation(corpus: Path, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 
 from flagscale.errors import ConfigError
 from flagscale.launch.local import execute_local
-from flagscale.launch.plan import InputPath, LaunchPlan, Worker
+from flagscale.launch.paths import ArgumentPath
+from flagscale.launch.plan import LaunchPlan, Worker
 from flagscale.layout.parallel import BatchSizes, ParallelLayout
 
 PREAMBLE = """
@@ -267,7 +268,7 @@ def test_a_killed_launcher_leaves_no_process(
 
 
 def test_nothing_is_made_when_a_path_is_missing(tmp_path: Path) -> None:
-    missing = InputPath(tmp_path / "corpus.bin", "--data-path")
+    missing = ArgumentPath(tmp_path / "corpus.bin", "--data-path")
     plan = replace(make_plan(tmp_path / "run", 1, ""), inputs=(missing,))
     with pytest.raises(ConfigError, match=r"corpus\.bin"):
         run(plan)

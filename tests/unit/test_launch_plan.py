@@ -58,7 +58,7 @@ def test_each_worker_has_its_command_and_environment(options: OptionTable) -> No
         "FLAGSCALE_RUN_DIR": "/run",
         "FLAGSCALE_ERROR_FILE": str(planned.error_path(3)),
     }
-    assert planned.tokens_per_step == 8 * 128
+    assert planned.tokens_per_step == 16 * 128
     assert planned.layout.dp_size == 2
 
 
@@ -87,7 +87,7 @@ def test_the_files_it_needs(options: OptionTable) -> None:
         ("--num-layers-per-virtual-pipeline-stage 3", "virtual pipeline stages"),
         ("--expert-model-parallel-size 2", "without experts"),
         ("--sequence-parallel", "needs tensor parallelism"),
-        ("--global-batch-size 17", "16 or 24"),
+        ("--global-batch-size 17", "16 or 32"),
         ("--eval-iters 2", "keeps no data"),
         ("--num-layers=null", "(?s)how large.*--num-layers"),
         ("--tensor-model-parallel-size 2 --vocab-size 6001 --no-pad-vocab-size", ""),

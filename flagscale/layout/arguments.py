@@ -1,0 +1,174 @@
+"""What Megatron's arguments say about ranks, sizes and batches, and whether that can work.
+
+The launcher asks before it starts anything, and every process asks again before it joins a group,
+since torchrun or srun may have started it. Values are by attribute, as argparse stores them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import ceil
+from typing import Any
+
+from flagscale.layout.parallel import (
+    BatchSizes,
+    ModelDims,
+    ParallelLayout,
+    Problem,
+    verify_evaluation,
+    verify_layout,
+)
+
+__all__ = ["batch_sizes", "model_dims", "parallel_layout", "verify_arguments"]
+
+_REQUIRED = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "seq_length",
+    "micro_batch_size",
+)
+_DATA_SOURCES = (
+    "data_path",
+    "train_data_path",
+    "valid_data_path",
+    "test_data_path",
+    "data_args_path",
+    "per_split_data_args_path",
+)
+_UNEVEN_PIPELINE = (
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "hybrid_layer_pattern",
+)
+
+
+def verify_arguments(values: Mapping[str, Any], world_size: int) -> list[Problem]:
+    """What cannot work about these arguments on so many ranks; best empty."""
+    missing = [dest for dest in _REQUIRED if values[dest] is None]
+    if missing:  # the rest is computed from these
+        options = ", ".join(f"--{dest.replace('_', '-')}" for dest in missing)
+        return [
+            Problem(
+                "the arguments do not say how large the model or its batches are",
+                options,
+                "a value for each",
+                "none",
+                f"give {options}",
+            )
+        ]
+    layout = parallel_layout(values, world_size)
+    problems = [
+        *_verify_virtual_stages(values, layout),
+        *verify_layout(layout, model_dims(values), batch_sizes(values, layout)),
+        *_verify_data_source(values),
+        *_verify_intervals(values),
+    ]
+    if values["data_path"] and values["split"] is not None and not values["full_validation"]:
+        problems += verify_evaluation(values["split"], values["eval_iters"])
+    return problems
+
+
+def parallel_layout(values: Mapping[str, Any], world_size: int) -> ParallelLayout:
+    """How the arguments divide ``world_size`` ranks."""
+    pp_size = values["pipeline_model_parallel_size"]
+    vpp_size = values["num_virtual_stages_per_pipeline_rank"]
+    chunk = values["num_layers_per_virtual_pipeline_stage"]
+    if vpp_size is None and chunk and pp_size:
+        vpp_size = max(1, values["num_layers"] // (pp_size * chunk))
+    return ParallelLayout(
+        world_size=world_size,
+        tp_size=values["tensor_model_parallel_size"],
+        pp_size=pp_size,
+        cp_size=values["context_parallel_size"],
+        ep_size=values["expert_model_parallel_size"],
+        etp_size=values["expert_tensor_parallel_size"],
+        vpp_size=None if vpp_size == 1 else vpp_size,
+        sequence_parallel=values["sequence_parallel"],
+        uneven_pipeline=any(values[dest] for dest in _UNEVEN_PIPELINE),
+        order="tp-cp-ep-pp-dp" if values["use_tp_pp_dp_mapping"] else "tp-cp-ep-dp-pp",
+    )
+
+
+def model_dims(values: Mapping[str, Any]) -> ModelDims:
+    """The sizes of the model, by upstream's rules where the arguments leave one out."""
+    hidden_size, heads = values["hidden_size"], values["num_attention_heads"]
+    ffn_hidden_size = values["ffn_hidden_size"]
+    if ffn_hidden_size is None:
+        gated = int(4 * hidden_size * 2 / 3 / 64) * 64
+        ffn_hidden_size = gated if values["swiglu"] else 4 * hidden_size
+    padded = values["padded_vocab_size"]
+    if padded is None and values["vocab_size"] and values["pad_vocab_size"]:
+        multiple = values["make_vocab_size_divisible_by"] * values["tensor_model_parallel_size"]
+        # A size of 0 is told by verify_layout.
+        padded = ceil(values["vocab_size"] / multiple) * multiple if multiple > 0 else None
+    return ModelDims(
+        num_layers=values["num_layers"],
+        hidden_size=hidden_size,
+        ffn_hidden_size=ffn_hidden_size,
+        num_attention_heads=heads,
+        num_query_groups=values["num_query_groups"] if values["group_query_attention"] else heads,
+        seq_length=values["seq_length"],
+        kv_channels=values["kv_channels"],
+        padded_vocab_size=padded,
+        num_experts=values["num_experts"] or None,
+        moe_ffn_hidden_size=values["moe_ffn_hidden_size"],
+    )
+
+
+def batch_sizes(values: Mapping[str, Any], layout: ParallelLayout) -> BatchSizes:
+    """Samples a forward pass and a step."""
+    micro_batch_size = values["micro_batch_size"]
+    model_size = layout.tp_size * layout.cp_size * layout.pp_size
+    dp_size = layout.world_size // model_size if model_size else 1
+    return BatchSizes(
+        micro_batch_size=micro_batch_size,
+        # Without it upstream takes one micro-batch a replica.
+        global_batch_size=values["global_batch_size"] or micro_batch_size * max(1, dp_size),
+        microbatch_group_size=values["microbatch_group_size_per_vp_stage"],
+    )
+
+
+def _verify_virtual_stages(values: Mapping[str, Any], layout: ParallelLayout) -> Iterator[Problem]:
+    chunk = values["num_layers_per_virtual_pipeline_stage"]
+    if chunk and layout.pp_size and values["num_layers"] % (layout.pp_size * chunk):
+        yield Problem(
+            "the layers do not divide into virtual pipeline stages",
+            "--num-layers-per-virtual-pipeline-stage",
+            f"{values['num_layers']} layers = a multiple of PP {layout.pp_size} x {chunk}",
+            str(chunk),
+            "another number, or --num-virtual-stages-per-pipeline-rank",
+        )
+
+
+def _verify_data_source(values: Mapping[str, Any]) -> Iterator[Problem]:
+    if not any(values[dest] for dest in _DATA_SOURCES):
+        yield Problem(
+            "there is nothing to train on",
+            "--data-path",
+            "a prefix of .bin and .idx files",
+            "none",
+            "--data-path PREFIX; tools/preprocess_data.py makes the files",
+        )
+
+
+def _verify_intervals(values: Mapping[str, Any]) -> Iterator[Problem]:
+    if not values["eval_interval"]:
+        yield Problem(
+            "there is no evaluation interval (upstream divides by it even without evaluation)",
+            "--eval-interval",
+            "at least 1",
+            str(values["eval_interval"]),
+            "--eval-interval 1000",
+        )
+    if values["save"] and not values["save_interval"]:
+        yield Problem(
+            "there is a directory for checkpoints, but no interval for saving them",
+            "--save-interval",
+            "at least 1",
+            str(values["save_interval"]),
+            "--save-interval 1000",
+        )
