@@ -41,5 +41,5 @@ GROUP = PatchGroup(
         ),
     ),
     reason="a batch ramp asked for the old way silently does not happen",
-    upstream="megatron-core 0.19.0-0.19.2, training/config/training_config.py:20",
+    upstream="megatron-core 0.18.2-0.19.2, training/config/training_config.py:20",
 )

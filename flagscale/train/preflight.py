@@ -44,8 +44,18 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> arg
                 got=word,
                 cure=f"did you mean {near[0]}?" if near else "see --help",
             )
+    _make_help_printable(parser)
     strict = ArgumentParser(prog=parser.prog, parents=[parser], add_help=False, allow_abbrev=False)
     return strict.parse_args(argv)
+
+
+def _make_help_printable(parser: argparse.ArgumentParser) -> None:
+    """Escape per cent signs that upstream's help texts leave bare: ``--help`` dies of one."""
+    for action in parser._actions:
+        try:
+            (action.help or "") % {**vars(action), "prog": parser.prog}
+        except (KeyError, TypeError, ValueError):
+            action.help = (action.help or "").replace("%", "%%")
 
 
 def verify_arguments(args: argparse.Namespace, world_size: int) -> None:

@@ -217,6 +217,14 @@ def saved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work / "checkpoints"
 
 
+def test_help(tmp_path: Path) -> None:
+    # Upstream's help texts have a bare per cent sign; see flagscale.train.preflight.
+    shown = train(["--help"], tmp_path)
+    assert shown.exit_codes == [0]
+    assert "--platform" in shown.ranks[0].log
+    assert "--num-layers" in shown.ranks[0].log
+
+
 class TestLoadCheckpoint:
     """Failed loads end with our error on every rank, where upstream ends with 0 or trains on."""
 
@@ -269,6 +277,16 @@ class TestLoadCheckpoint:
         assert on.exit_codes == [3]
         assert "upstream could not load the checkpoint" in on.ranks[0].log
         assert on.ranks[0].error is not None
+
+    def test_asked_to_exit_on_a_missing_checkpoint(self, run: Callable[..., RunResult]) -> None:
+        def damage(directory: Path) -> None:
+            (directory / _TRACKER).unlink()
+            (directory / BEGUN_MARKER).unlink()
+
+        off = run(damage, patched=False, exit_on_missing_checkpoint=True)
+        assert off.exit_codes == [0]
+        assert not off.losses
+        assert run(damage, patched=True, exit_on_missing_checkpoint=True).exit_codes == [3]
 
     def test_another_pipeline_size(self, run: Callable[..., RunResult]) -> None:
         off = run(lambda _d: None, patched=False, pipeline_model_parallel_size=2)
