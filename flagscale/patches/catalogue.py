@@ -18,9 +18,11 @@ _DECLARED = (
     "cpu_device:INITIALIZE_GROUP",
     "dummy_step:GROUP",
     "fully_reshardable:GROUP",
+    "last_batch:GROUP",
     "load_checkpoint:GROUP",
     "log_interval:GROUP",
     "rampup:GROUP",
+    "rotary_fp32:GROUP",
     "torch_norms:GROUP",
     "training_events:GROUP",
 )

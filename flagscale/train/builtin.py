@@ -9,10 +9,16 @@ from flagscale.patches.catalogue import builtin_groups
 from flagscale.platforms.cpu import CPU
 from flagscale.platforms.cuda import CUDA
 from flagscale.plugins import Plugin
-from flagscale.train import restart, saving, throughput
+from flagscale.train import aquila, restart, saving, throughput
 
-__all__ = ["PATCHES", "PLATFORMS", "RESTART", "SAVING", "THROUGHPUT"]
+__all__ = ["AQUILA", "PATCHES", "PLATFORMS", "RESTART", "SAVING", "THROUGHPUT"]
 
+AQUILA = Plugin(
+    name="aquila",
+    add_arguments=aquila.add_arguments,
+    verify_arguments=aquila.verify_arguments,
+    pre_wrap_hooks=aquila.pre_wrap_hooks,
+)
 PLATFORMS = Plugin(name="platforms", platforms=(CUDA, CPU))
 PATCHES = Plugin(name="patches", patch_groups=builtin_groups())
 RESTART = Plugin(name="restart", connect=restart.connect)
