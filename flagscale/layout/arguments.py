@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from math import ceil
 from typing import Any
 
+from flagscale.layout.memory import TrainingMode
 from flagscale.layout.parallel import (
     BatchSizes,
     ModelDims,
@@ -18,8 +19,16 @@ from flagscale.layout.parallel import (
     verify_evaluation,
     verify_layout,
 )
+from flagscale.layout.ramp import verify_schedule
 
-__all__ = ["batch_sizes", "model_dims", "parallel_layout", "verify_arguments"]
+__all__ = [
+    "batch_sizes",
+    "model_dims",
+    "parallel_layout",
+    "training_mode",
+    "uncounted",
+    "verify_arguments",
+]
 
 _REQUIRED = (
     "num_layers",
@@ -44,6 +53,17 @@ _UNEVEN_PIPELINE = (
     "account_for_loss_in_pipeline_split",
     "hybrid_layer_pattern",
 )
+_OTHER_MODELS = (
+    "multi_latent_attention",
+    "mtp_num_layers",
+    "hybrid_layer_pattern",
+    "heterogeneous_layers_config_path",
+    "heterogeneous_layers_config_encoded_json",
+    "experimental_attention_variant",
+    "attention_output_gate",
+    "moe_latent_size",
+)
+_OTHER_MEMORY = ("use_megatron_fsdp", "use_torch_fsdp2", "use_precision_aware_optimizer")
 
 
 def verify_arguments(values: Mapping[str, Any], world_size: int) -> list[Problem]:
@@ -64,6 +84,7 @@ def verify_arguments(values: Mapping[str, Any], world_size: int) -> list[Problem
     problems = [
         *_verify_virtual_stages(values, layout),
         *verify_layout(layout, model_dims(values), batch_sizes(values, layout)),
+        *_verify_schedule(values, layout),
         *_verify_data_source(values),
         *_verify_intervals(values),
     ]
@@ -116,6 +137,19 @@ def model_dims(values: Mapping[str, Any]) -> ModelDims:
         padded_vocab_size=padded,
         num_experts=values["num_experts"] or None,
         moe_ffn_hidden_size=values["moe_ffn_hidden_size"],
+        moe_layers=_moe_layers(values),
+        moe_topk=values["moe_router_topk"],
+        shared_expert_ffn_hidden_size=values["moe_shared_expert_intermediate_size"],
+        shared_expert_gate=values["moe_shared_expert_gate"],
+        gated=values["swiglu"] or values["quick_geglu"],
+        linear_bias=values["add_bias_linear"],
+        qkv_bias=values["add_qkv_bias"],
+        norm_bias=values["normalization"] == "LayerNorm",
+        qk_norm=values["qk_layernorm"],
+        tied_embeddings=not values["untie_embeddings_and_output_weights"],
+        learned_positions=values["max_position_embeddings"]
+        if values["position_embedding_type"] == "learned_absolute"
+        else None,
     )
 
 
@@ -130,6 +164,83 @@ def batch_sizes(values: Mapping[str, Any], layout: ParallelLayout) -> BatchSizes
         global_batch_size=values["global_batch_size"] or micro_batch_size * max(1, dp_size),
         microbatch_group_size=values["microbatch_group_size_per_vp_stage"],
     )
+
+
+def training_mode(values: Mapping[str, Any]) -> TrainingMode:
+    """What decides how many bytes a rank needs."""
+    half = values["bf16"] or values["fp16"]
+    # Upstream accumulates bf16 gradients in fp32 whether asked to or not.
+    fp32_gradients = values["bf16"] or values["accumulate_allreduce_grads_in_fp32"] or not half
+    fused = values["transformer_impl"] == "transformer_engine"
+    recompute = values["recompute_granularity"]
+    if values.get("recompute_activations"):
+        recompute = "selective"
+    return TrainingMode(
+        param_bytes=2 if half else 4,
+        grad_bytes=4 if fp32_gradients and not values["grad_reduce_in_bf16"] else 2,
+        distributed_optimizer=values["use_distributed_optimizer"],
+        fused_norms=fused,
+        flash_attention=fused and "unfused" not in str(values["attention_backend"]),
+        softmax_in_fp32=values["attention_softmax_in_fp32"],
+        fused_loss=values["cross_entropy_loss_fusion"],
+        recompute=recompute,
+        recompute_modules=tuple(values["recompute_modules"] or ("core_attn",)),
+        recompute_method=values["recompute_method"],
+        recompute_num_layers=values["recompute_num_layers"] or 1,
+    )
+
+
+def uncounted(values: Mapping[str, Any]) -> str | None:
+    """The argument because of which parameters and memory are not known beforehand, if any."""
+    for dest in (*_OTHER_MODELS, *_OTHER_MEMORY, *_UNEVEN_PIPELINE):
+        if values.get(dest):
+            return f"--{dest.replace('_', '-')}"
+    if values["num_experts"] and "[" in str(values["moe_layer_freq"]):
+        return "--moe-layer-freq"
+    if model_dims(values).padded_vocab_size is None:
+        return "only the tokenizer knows the vocabulary; --padded-vocab-size tells"
+    return None
+
+
+def _moe_layers(values: Mapping[str, Any]) -> frozenset[int]:
+    if not values["num_experts"]:
+        return frozenset()
+    frequency = values["moe_layer_freq"]
+    if isinstance(frequency, list):
+        return frozenset(layer for layer, is_moe in enumerate(frequency) if is_moe)
+    # The launcher has the text, and leaves a pattern to upstream's parser: see uncounted().
+    step = 1 if "[" in str(frequency) else int(frequency)
+    return frozenset(range(0, values["num_layers"], step))
+
+
+def _verify_schedule(values: Mapping[str, Any], layout: ParallelLayout) -> Iterator[Problem]:
+    schedule = values["step_batch_size_schedule"]
+    if schedule is None:
+        return
+    where = "--step-batch-size-schedule"
+    if values["global_batch_size"] is not None:
+        yield Problem(
+            "a batch-size schedule and a fixed batch size exclude each other",
+            f"{where}, --global-batch-size",
+            "one of the two",
+            f"--global-batch-size {values['global_batch_size']}",
+            f"drop --global-batch-size, or {where}=null for a fixed batch",
+        )
+    if values["train_iters"]:
+        yield Problem(
+            "with --train-iters the learning rate would end its decay long before the run "
+            "(upstream counts every step as the smallest batch)",
+            f"{where}, --train-iters",
+            "--train-samples",
+            f"--train-iters {values['train_iters']}",
+            "--train-iters=null --train-samples N",
+        )
+    sizes = (values["micro_batch_size"], layout.tp_size, layout.cp_size, layout.pp_size)
+    # Where these do not fit, verify_layout says so.
+    if min(sizes) > 0 and layout.dp_size > 0 and values["seq_length"] > 0:
+        yield from verify_schedule(
+            schedule, values["micro_batch_size"], layout.dp_size, values["seq_length"]
+        )
 
 
 def _verify_virtual_stages(values: Mapping[str, Any], layout: ParallelLayout) -> Iterator[Problem]:

@@ -173,7 +173,31 @@ class ParallelLayout:
 
 @dataclass(frozen=True)
 class ModelDims:
-    """The sizes of a model that a layout must divide; ``None`` where a size is not known."""
+    """The sizes of a model, and what decides how many parameters it has.
+
+    Args:
+        num_layers: Transformer layers.
+        hidden_size: Width of the residual stream.
+        ffn_hidden_size: Rows of a dense feed-forward network (of one half, when gated).
+        num_attention_heads: Query heads.
+        num_query_groups: Key and value heads.
+        seq_length: Tokens a sample.
+        kv_channels: Size of a head; ``None`` means hidden size / heads.
+        padded_vocab_size: Rows of the embedding; ``None`` where only the tokenizer knows.
+        num_experts: Routed experts of a layer that has them.
+        moe_ffn_hidden_size: Rows of one expert; ``None`` means ``ffn_hidden_size``.
+        moe_layers: The layers (0-based) that have experts.
+        moe_topk: Experts a token goes through.
+        shared_expert_ffn_hidden_size: Rows of the expert that every token goes through.
+        shared_expert_gate: Whether that expert is gated by a row of its own.
+        gated: Whether the activation multiplies two halves (SwiGLU).
+        linear_bias: Whether linear layers have biases (the output layer never has).
+        qkv_bias: Whether the query-key-value projection has one all the same.
+        norm_bias: Whether norms have one (LayerNorm).
+        qk_norm: Whether queries and keys are normalized.
+        tied_embeddings: Whether the output layer is the embedding.
+        learned_positions: Rows of the position embedding; ``None`` without one.
+    """
 
     num_layers: int
     hidden_size: int
@@ -185,6 +209,22 @@ class ModelDims:
     padded_vocab_size: int | None = None
     num_experts: int | None = None
     moe_ffn_hidden_size: int | None = None
+    moe_layers: frozenset[int] = frozenset()
+    moe_topk: int = 1
+    shared_expert_ffn_hidden_size: int | None = None
+    shared_expert_gate: bool = False
+    gated: bool = False
+    linear_bias: bool = False
+    qkv_bias: bool = False
+    norm_bias: bool = False
+    qk_norm: bool = False
+    tied_embeddings: bool = False
+    learned_positions: int | None = None
+
+    @property
+    def head_dim(self) -> int:
+        """Size of an attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
 
 
 @dataclass(frozen=True)
