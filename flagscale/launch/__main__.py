@@ -1,9 +1,13 @@
-"""``python -m flagscale.launch RECIPE [options] [Megatron arguments]``: run a recipe here."""
+"""``python -m flagscale.launch RECIPE [options] [Megatron arguments]``: run a recipe.
+
+On this machine, on hosts given by name, or through Slurm: see :mod:`flagscale.launch.start`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,10 +15,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from flagscale.errors import ConfigError, FlagScaleError
-from flagscale.launch.local import execute_local, verify_paths
+from flagscale.launch.local import verify_paths
 from flagscale.launch.options import known_options
-from flagscale.launch.plan import LaunchPlan, describe, plan_local
-from flagscale.launch.recipe import read_recipe, resolve_recipe
+from flagscale.launch.recipe import read_recipe
+from flagscale.launch.start import Machine, Request, describe_start, execute_start, plan_start
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,13 +32,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m flagscale.launch",
         usage="%(prog)s RECIPE [options] [Megatron arguments]",
-        description="Train by a recipe on this machine, one process a device.",
+        description="Train by a recipe, one process a device: on this machine, on hosts given by "
+        "name, or through Slurm, which a recipe for several nodes looks for.",
         epilog="All other arguments are Megatron's (or --platform cuda|cpu) and override the "
         "recipe; --flag=false and --option=null remove one of the recipe.",
         allow_abbrev=False,
     )
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file")
-    parser.add_argument("--nproc", type=int, help="processes (default: NPROC, or 1)")
+    parser.add_argument(
+        "--nodes", type=int, help="machines to ask Slurm for (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--nproc", type=int, help="processes a machine (default: NPROC, the recipe's, or 1)"
+    )
     parser.add_argument(
         "--output-dir", type=Path, help="run directory (default: OUTPUT_DIR, or outputs/RECIPE)"
     )
@@ -43,6 +53,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would be started, and start nothing"
+    )
+    parser.add_argument(
+        "--hosts",
+        type=lambda text: tuple(filter(None, text.split(","))),
+        default=(),
+        metavar="NAME,NAME,...",
+        help="these machines, without Slurm: start the launcher on each of them",
+    )
+    parser.add_argument(
+        "--node-rank", type=int, help="this machine's place in --hosts (default: by its name)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=29500, help="for the rendezvous on the first of --hosts"
+    )
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="an option for sbatch, as in --sbatch=--partition=NAME; may be repeated",
     )
     return parser
 
@@ -53,13 +83,28 @@ def _path(given: Path | None, environ: Mapping[str, str], variable: str) -> Path
     return None if given is None else given.absolute()
 
 
-def _nproc(given: int | None, environ: Mapping[str, str]) -> int:
-    if given is not None:
+def _nproc(given: int | None, environ: Mapping[str, str]) -> int | None:
+    text = environ.get("NPROC")
+    if given is not None or not text:
         return given
-    text = environ.get("NPROC") or "1"
     if not text.isdecimal():
         raise ConfigError("not a number of processes", where="NPROC", expected=1, got=text)
     return int(text)
+
+
+def _request(args: argparse.Namespace, overrides: list[str], environ: Mapping[str, str]) -> Request:
+    return Request(
+        recipe=args.recipe.absolute(),
+        overrides=tuple(overrides),
+        nodes=args.nodes,
+        nproc=_nproc(args.nproc, environ),
+        output_dir=_path(args.output_dir, environ, "OUTPUT_DIR"),
+        data_dir=_path(args.data_dir, environ, "DATA_DIR"),
+        hosts=args.hosts,
+        node_rank=args.node_rank,
+        port=args.port,
+        sbatch=tuple(args.sbatch),
+    )
 
 
 def _free_port() -> int:
@@ -68,26 +113,15 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _plan(args: argparse.Namespace, overrides: list[str], environ: Mapping[str, str]) -> LaunchPlan:
-    options = known_options()
-    recipe = read_recipe(args.recipe, options)
-    nproc = _nproc(args.nproc, environ)
-    run_dir = _path(args.output_dir, environ, "OUTPUT_DIR") or Path("outputs", recipe.name)
-    run_dir = run_dir.absolute()
-    data_dir = _path(args.data_dir, environ, "DATA_DIR")
-    command = [sys.executable, "-m", "flagscale.launch", str(args.recipe.absolute())]
-    command += ["--nproc", str(nproc), "--output-dir", str(run_dir)]
-    command += [] if data_dir is None else ["--data-dir", str(data_dir)]
-    return plan_local(
-        resolve_recipe(recipe, options, overrides, run_dir, data_dir),
-        options,
-        nproc=nproc,
-        run_dir=run_dir,
-        command=[*command, *overrides],
-        python=sys.executable,
+def _machine(environ: Mapping[str, str]) -> Machine:
+    return Machine(
         environ=environ,
+        hostname=socket.gethostname(),
+        work_dir=Path.cwd(),
+        python=sys.executable,
         cpu_count=len(os.sched_getaffinity(0)),
-        port=_free_port(),
+        free_port=_free_port(),
+        has_slurm=shutil.which("sbatch") is not None,
     )
 
 
@@ -95,12 +129,16 @@ def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
     """Plan, and run unless it is a dry run; the exit code."""
     try:
         args, overrides = _parser().parse_known_args(argv)
-        plan = _plan(args, overrides, environ)
+        request = _request(args, overrides, environ)
+        options = known_options()
+        recipe = read_recipe(request.recipe, options)
+        start = plan_start(request, recipe, options, _machine(environ))
         if not args.dry_run:
-            return execute_local(plan)
-        print(describe(plan))
-        for problem in verify_paths(plan):
-            print(f"\nbefore a real start: {problem}")
+            return execute_start(start, environ)
+        missing = [f"before a real start: {problem}" for problem in verify_paths(start.plan)]
+        print("\n\n".join([describe_start(start), *missing]), flush=True)
+    except BrokenPipeError:  # --dry-run | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except FlagScaleError as error:
         print(error, file=sys.stderr)
         return error.exit_code

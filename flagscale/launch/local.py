@@ -28,10 +28,18 @@ from flagscale.launch.paths import ArgumentPath, verify_inputs, verify_outputs
 from flagscale.launch.plan import LaunchPlan, Worker
 from flagscale.layout.parallel import Problem, raise_problems
 
-__all__ = ["execute_local", "verify_paths"]
+__all__ = [
+    "FORWARDED",
+    "execute_local",
+    "first_error",
+    "log_header",
+    "verify_paths",
+    "write_run_dir",
+]
 
 TERMINATION_GRACE_S = 10.0
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals to the launcher that are meant for the training processes."""
 _TAIL_LINES = 15
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LIBC = ctypes.CDLL(None)
@@ -64,11 +72,16 @@ def execute_local(
         ConfigError: A path is missing or cannot be written; nothing was started.
     """
     raise_problems(verify_paths(plan))
-    _write_run_dir(plan)
+    write_run_dir(plan)
     return _Job(plan, console or sys.stdout, grace_s).run()
 
 
-def _write_run_dir(plan: LaunchPlan) -> None:
+def write_run_dir(plan: LaunchPlan) -> None:
+    """Make the run directory, with the resolved recipe and the command in it.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
     script = plan.run_dir / "command.sh"
     here = shlex.quote(os.getcwd())
     try:
@@ -174,10 +187,10 @@ class _Job:
         for worker in self._plan.workers:
             path = self._plan.log_path(worker.rank)
             with path.open("ab") as log:
-                log.write(_log_header(worker).encode())
+                log.write(log_header(worker).encode())
                 log.flush()
                 log_start = log.tell()
-                if worker.rank in (0, len(self._plan.workers) - 1):
+                if worker in (self._plan.workers[0], self._plan.workers[-1]):
                     self._followers.append(_Follower(path, self._console))
                 try:
                     process = subprocess.Popen(
@@ -237,12 +250,7 @@ class _Job:
             rank.reap()
 
     def _error_record(self, rank: _Rank) -> dict[str, Any] | None:
-        """What a rank left about its failure in the file ``FLAGSCALE_ERROR_FILE`` names."""
-        try:
-            record = json.loads(self._plan.error_path(rank.worker.rank).read_text())
-        except (OSError, ValueError):  # none, or not yet whole
-            return None
-        return record if isinstance(record, dict) else None
+        return _read_record(self._plan.error_path(rank.worker.rank))
 
     def _report(self) -> int:
         """Say why the job failed, if it did; its exit code."""
@@ -287,7 +295,7 @@ def _signals_received(received: list[int]) -> Iterator[None]:
     def receive(signum: int, _frame: FrameType | None) -> None:
         received.append(signum)
 
-    previous = {signum: signal.signal(signum, receive) for signum in _FORWARDED}
+    previous = {signum: signal.signal(signum, receive) for signum in FORWARDED}
     try:
         yield
     finally:
@@ -313,6 +321,23 @@ def _last_lines(path: Path, start: int) -> list[str]:
         return log.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
 
 
-def _log_header(worker: Worker) -> str:
+def log_header(worker: Worker, restart: str = "") -> str:
+    """The line that begins a start in a rank's log."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return f"=== {now} rank {worker.rank}: {shlex.join(worker.argv)}\n"
+    again = f" restart {restart}" if restart not in ("", "0") else ""
+    return f"=== {now} rank {worker.rank}{again}: {shlex.join(worker.argv)}\n"
+
+
+def first_error(run_dir: Path) -> dict[str, Any] | None:
+    """The earliest failure that ranks of any machine have recorded."""
+    records = [_read_record(path) for path in (run_dir / "logs").glob("rank_*.error")]
+    return min((r for r in records if r), key=lambda r: float(r["time"]), default=None)
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """What a rank left about its failure in the file ``FLAGSCALE_ERROR_FILE`` names."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):  # none, or not yet whole
+        return None
+    return record if isinstance(record, dict) else None

@@ -7,8 +7,9 @@ gets is what the recipe says.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ import yaml
 
 from flagscale.errors import ConfigError
 from flagscale.launch.options import Option, OptionTable
+from flagscale.layout.parameters import aquila_ffn_hidden_size
+from flagscale.layout.ramp import Ramp, format_schedule
 
 __all__ = [
     "Entry",
     "Recipe",
+    "Rule",
     "argument_values",
     "dump_recipe",
     "plan_argv",
@@ -59,11 +63,86 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """A value that follows from others, so it is computed once the command line is known.
+
+    Args:
+        key: In the layer's section, ``ramp`` or ``ffn``.
+        option: What is set.
+        numbers: The rule's own numbers.
+        where: ``file:line``, for errors.
+    """
+
+    key: str
+    option: Option
+    numbers: Mapping[str, Fraction]
+    where: str
+
+    def entry(self, entries: Mapping[str, Entry]) -> Entry:
+        """The entry that follows from those given, by attribute.
+
+        Raises:
+            ConfigError: What the rule is computed from is missing, or its numbers cannot be right.
+        """
+        kind = _RULES[self.key]
+        given = entries.get(kind.depends_on)
+        if given is None or not given.values or not _is_a("int", given.values[0]):
+            raise ConfigError(
+                f"{self.key} is computed from --{kind.depends_on.replace('_', '-')}, "
+                "which is not given",
+                where=self.where,
+            )
+        size = int(given.values[0])
+        try:
+            if self.key == "ramp":
+                ramp = Ramp(**{name: int(number) for name, number in self.numbers.items()})
+                value = format_schedule(ramp.schedule(size))
+            else:
+                multiple_of = int(self.numbers["multiple_of"])
+                multiplier = self.numbers.get("hidden_dim_multiplier", Fraction(1))
+                value = str(aquila_ffn_hidden_size(size, multiple_of, multiplier))
+        except ValueError as error:
+            raise ConfigError(f"{self.key} cannot be", where=self.where, got=error) from error
+        return Entry(self.option, (value,), LAYER_SECTION, self.where)
+
+
+@dataclass(frozen=True)
+class _RuleKind:
+    """What a rule sets, from which attribute, and what its numbers are called."""
+
+    sets: str
+    depends_on: str
+    integers: tuple[str, ...]
+    fractions: tuple[str, ...] = ()
+
+
+_RULES = {
+    "ramp": _RuleKind(
+        "--step-batch-size-schedule", "seq_length", ("start", "end", "increment", "samples")
+    ),
+    "ffn": _RuleKind(
+        "--ffn-hidden-size", "hidden_size", ("multiple_of",), ("hidden_dim_multiplier",)
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """A named list of options, each attribute at most once."""
+    """A named list of options, each attribute at most once.
+
+    Args:
+        name: Names the run directory and the job.
+        entries: The options.
+        rules: What is computed from them.
+        nodes: Machines it is meant for; ``None`` is this one.
+        nproc: Processes a machine, one a device; ``None`` leaves it to the command line.
+    """
 
     name: str
     entries: tuple[Entry, ...]
+    rules: tuple[Rule, ...] = ()
+    nodes: int | None = None
+    nproc: int | None = None
 
     @property
     def argv(self) -> list[str]:
@@ -101,23 +180,34 @@ def read_recipe(path: Path, options: OptionTable) -> Recipe:
             expected="sections (model:, optimizer:, ...) with one 'argument: value' a line",
         )
     name = path.stem
-    entries: dict[str, Entry] = {}
+    sizes: dict[str, int] = {}
+    found: dict[str, Entry | Rule] = {}
     for section, key, node in _leaves(path, root):
         where = _where(path, key)
+        item: Entry | Rule
         if (section, key.value) == (LAYER_SECTION, "name"):
             name = _name(node, where)
             continue
-        entry = Entry(options.find(key.value, where), None, section, where)
-        entry = replace(entry, values=_node_values(entry, node))
-        earlier = entries.setdefault(entry.option.dest, entry)
-        if earlier is not entry:
+        if section == LAYER_SECTION and key.value in ("nodes", "nproc"):
+            sizes[key.value] = int(_number(node, key.value, where))
+            continue
+        if section == LAYER_SECTION and key.value in _RULES:
+            option = options.find(_RULES[key.value].sets, where)
+            item = Rule(key.value, option, _rule_numbers(path, key.value, node, where), where)
+        else:
+            entry = Entry(options.find(key.value, where), None, section, where)
+            item = replace(entry, values=_node_values(entry, node))
+        earlier = found.setdefault(item.option.dest, item)
+        if earlier is not item:
             raise ConfigError(
-                f"{entry.option.name} is set twice",
+                f"{item.option.name} is set twice",
                 where=where,
                 got=f"{earlier.option.name} at {earlier.where}",
                 cure="keep one of the two",
             )
-    return Recipe(name, tuple(entries.values()))
+    entries = tuple(item for item in found.values() if isinstance(item, Entry))
+    rules = tuple(item for item in found.values() if isinstance(item, Rule))
+    return Recipe(name, entries, rules, **sizes)
 
 
 def resolve_recipe(
@@ -129,7 +219,7 @@ def resolve_recipe(
 ) -> Recipe:
     """The recipe as it will run: directories filled in, the command line's options in their place.
 
-    An override takes the place of the recipe's entry for the same attribute, so
+    An override takes the place of the recipe's entry, or rule, for the same attribute, so
     ``--no-X`` replaces ``X``. ``--flag=false`` and ``--option=null`` remove one, as in a recipe.
 
     Args:
@@ -150,8 +240,11 @@ def resolve_recipe(
         replaced = entries.get(entry.option.dest)
         section = replaced.section if replaced else OVERRIDE_SECTION
         entries[entry.option.dest] = replace(entry, section=section)
+    for rule in recipe.rules:
+        if rule.option.dest not in entries:  # else the command line says it
+            entries[rule.option.dest] = rule.entry(entries)
     filled = (_fill(entry, output_dir, data_dir) for entry in entries.values())
-    return replace(recipe, entries=tuple(filled))
+    return replace(recipe, entries=tuple(filled), rules=())
 
 
 def plan_argv(
@@ -185,8 +278,10 @@ def argument_values(recipe: Recipe, options: OptionTable) -> dict[str, Any]:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """A recipe as YAML that :func:`read_recipe` reads back to the same command line."""
+    """A resolved recipe as YAML that :func:`read_recipe` reads back to the same command line."""
     sections: dict[str, dict[str, Any]] = {LAYER_SECTION: {"name": recipe.name}}
+    cluster = {"nodes": recipe.nodes, "nproc": recipe.nproc}
+    sections[LAYER_SECTION] |= {key: size for key, size in cluster.items() if size is not None}
     for entry in recipe.entries:
         key = entry.option.name.removeprefix("--")
         sections.setdefault(entry.section, {})[key] = _yaml_value(entry)
@@ -227,6 +322,42 @@ def _name(node: yaml.Node, where: str) -> str:
             got=node.value,
         )
     return str(node.value)
+
+
+def _rule_numbers(path: Path, key: str, node: yaml.Node, where: str) -> dict[str, Fraction]:
+    """The numbers of a rule, all that it needs and none that it does not know."""
+    kind = _RULES[key]
+    if not isinstance(node, yaml.MappingNode):
+        node = yaml.MappingNode("", [])
+    numbers = {
+        name.value: _number(value, name.value, _where(path, name), name.value in kind.integers)
+        for name, value in node.value
+    }
+    known = {*kind.integers, *kind.fractions}
+    if not set(kind.integers) <= numbers.keys() <= known:
+        raise ConfigError(
+            f"{key} takes other numbers",
+            where=where,
+            expected=", ".join([*kind.integers, *(f"{name} (or none)" for name in kind.fractions)]),
+            got=", ".join(numbers) or "none",
+        )
+    return numbers
+
+
+def _number(node: yaml.Node, key: str, where: str, integer: bool = True) -> Fraction:
+    """A positive number, exactly as it is written."""
+    try:
+        number = Fraction(node.value) if isinstance(node, yaml.ScalarNode) else Fraction(0)
+    except ValueError:
+        number = Fraction(0)
+    if number <= 0 or (integer and number.denominator != 1):
+        raise ConfigError(
+            f"{key} does not take this value",
+            where=where,
+            expected="a whole number above 0" if integer else "a number above 0",
+            got=node.value if isinstance(node, yaml.ScalarNode) else "a collection",
+        )
+    return number
 
 
 def _node_values(entry: Entry, node: yaml.Node) -> tuple[str, ...] | None:

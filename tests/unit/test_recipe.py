@@ -134,6 +134,20 @@ MISTAKES = {
     "empty": ("", "no sections"),
     "not YAML": ("a:\n  b: [", r"(?s)not YAML.*:2"),
     "bad name": ("flagscale: {name: a/b}", "cannot name a directory"),
+    "nodes": ("flagscale:\n  nodes: 0", r"(?s)nodes.*:2\n.*above 0"),
+    "nproc": ("flagscale: {nproc: [8]}", "(?s)nproc.*a collection"),
+    "rule outside of its section": ("a: {ramp: {start: 1}}", "unknown argument 'ramp'"),
+    "rule without numbers": ("flagscale:\n  ramp: 32", "(?s):2\n.*start, end, increment, samples"),
+    "rule with a number missing": (
+        "flagscale: {ramp: {start: 1, end: 2, samples: 3}}",
+        "(?s)ramp takes other numbers.*got: +start, end, samples",
+    ),
+    "rule with an unknown number": ("flagscale: {ffn: {multiple_of: 1, k: 1}}", "other numbers"),
+    "rule with a fraction": ("flagscale:\n  ffn: {multiple_of: 1.5}", "(?s):2\n.*whole number"),
+    "rule and value": (
+        "a: {ffn-hidden-size: 4}\nflagscale: {ffn: {multiple_of: 4}}",
+        "(?s)--ffn-hidden-size is set twice.*:2\n.*:1\n",
+    ),
 }
 
 
@@ -173,6 +187,152 @@ def test_files_that_cannot_be_read(tmp_path: Path, options: OptionTable) -> None
     for name in ("binary.yaml", "missing.yaml"):
         with pytest.raises(ConfigError, match="cannot be read"):
             read_recipe(tmp_path / name, options)
+
+
+RULES = """
+flagscale:
+  ffn: {multiple_of: 4096, hidden_dim_multiplier: 1.3}
+  ramp: {start: 4, end: 12, increment: 4, samples: 101}
+  nodes: 2
+a: {hidden-size: 6144, seq-length: 10, load: null, save: null, tensorboard-dir: null}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ffn_hidden_size", "schedule"),
+    [
+        ([], "24576", "0:4,510:8,1010:12"),
+        (["--seq-length", "20"], "24576", "0:4,1020:8,2020:12"),
+        (["--hidden-size", "8192"], "28672", "0:4,510:8,1010:12"),
+        (["--ffn-hidden-size", "5"], "5", "0:4,510:8,1010:12"),
+        (["--step-batch-size-schedule", "0:1"], "24576", "0:1"),
+        (["--step-batch-size-schedule=null"], "24576", None),
+    ],
+)
+def test_rules_are_computed_from_what_the_command_line_leaves(
+    tmp_path: Path,
+    options: OptionTable,
+    overrides: list[str],
+    ffn_hidden_size: str,
+    schedule: str | None,
+) -> None:
+    recipe = read(tmp_path, options, RULES)
+    assert (recipe.nodes, recipe.nproc) == (2, None)
+    resolved = resolve_recipe(recipe, options, overrides, tmp_path)
+    words = iter(resolved.argv)
+    given = dict(zip(words, words, strict=True))
+    assert given["--ffn-hidden-size"] == ffn_hidden_size
+    assert given.get("--step-batch-size-schedule") == schedule
+    again = read(tmp_path, options, dump_recipe(resolved))
+    assert (again.argv, again.nodes) == (resolved.argv, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("flagscale: {ffn: {multiple_of: 4}}", "computed from --hidden-size, which is not given"),
+        (
+            "flagscale:\n  ramp: {start: 1, end: 4, increment: 2, samples: 9}\na: {seq-length: 1}",
+            r"(?s)ramp cannot be.*:2\n.*whole number of increments",
+        ),
+    ],
+)
+def test_rules_that_cannot_be_computed(
+    tmp_path: Path, options: OptionTable, text: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve_recipe(read(tmp_path, options, text), options, [], tmp_path)
+
+
+# The published training scripts, argument by argument; what is not named is common to all three.
+PUBLISHED = """
+--num-layers              32          60          80
+--hidden-size             4096        6144        8192
+--num-attention-heads     32          48          64
+--num-query-groups        -           8           8
+--ffn-hidden-size         11008       24576       28672
+--padded-vocab-size       100096      100096      100352
+--seq-length              2048        4096        4096
+--max-position-embeddings 2048        4096        4096
+--norm-epsilon            1e-5        1e-5        1e-5
+--norm-init-weight        -           0.3         0.25
+--init-method-std         0.02        0.0165      0.0149
+--seed                    1234        42          42
+--lr                      2e-5        1.5e-4      1.5e-4
+--min-lr                  2e-6        1.5e-5      1.5e-5
+--lr-decay-style          cosine      cosine      cosine
+--lr-warmup-samples       3076172     500000      500000
+--train-samples           1002539063  488281250   488281250
+--micro-batch-size        2           1           2
+--global-batch-size       1728        -           -
+--tensor-model-parallel-size   1      4           8
+--pipeline-model-parallel-size 1      4           4
+--initial-loss-scale      522893      -           -
+--save-interval           2000        1000        500
+--ramp-save-interval      -           5000        5000
+--rotary-base             10000       10000       10000
+--attention-dropout       0.0         0.0         0.0
+--hidden-dropout          0.0         0.0         0.0
+--weight-decay            0.1         0.1         0.1
+--adam-beta1              0.9         0.9         0.9
+--adam-beta2              0.95        0.95        0.95
+--clip-grad               1.0         1.0         1.0
+--normalization           RMSNorm     RMSNorm     RMSNorm
+--position-embedding-type rope        rope        rope
+--attention-backend       flash       flash       flash
+--eval-iters              0           0           0
+--split                   100,0,0     100,0,0     100,0,0
+--fp16                    on          -           -
+--bf16                    -           on          on
+--rotary-interleaved      on          -           -
+--rotary-in-fp32          -           -           -
+--group-query-attention   -           on          on
+--sequence-parallel       -           on          on
+--swiglu                  on          on          on
+--disable-bias-linear     on          on          on
+--untie-embeddings-and-output-weights on  on      on
+--use-distributed-optimizer           on  on      on
+--attention-softmax-in-fp32           on  on      on
+--accumulate-allreduce-grads-in-fp32  on  on      on
+--embedding-lookup-in-fp32            on  on      on
+--recompute-granularity   -           -           -
+"""
+# What today's program needs, or the project chose.
+ADDED = {
+    *("--data-path", "--eval-interval", "--tokenizer-type", "--tokenizer-model", "--optimizer"),
+    *("--ckpt-format", "--log-interval", "--save", "--load", "--tensorboard-dir"),
+    "--step-batch-size-schedule",  # tests/unit/test_ramp.py
+}
+
+
+@pytest.mark.parametrize(
+    ("column", "name", "nodes"), [(0, "7b", 12), (1, "34b", 64), (2, "70b", 96)]
+)
+def test_the_recipes_are_the_published_ones(
+    options: OptionTable, column: int, name: str, nodes: int
+) -> None:
+    rows = [line.split() for line in PUBLISHED.strip().splitlines()]
+    published = {option: values[column] for option, *values in rows if values[column] != "-"}
+    recipe = read_recipe(TINY.with_name(f"{name}.yaml"), options)
+    assert (recipe.name, recipe.nodes, recipe.nproc) == (name, nodes, 8)
+    resolved = resolve_recipe(recipe, options, [], Path("/run"), Path("/data"))
+    ours = {
+        entry.argv[0]: " ".join(entry.argv[1:]) or "on" for entry in resolved.entries if entry.argv
+    }
+    assert {option: value for option, value in ours.items() if option not in ADDED} == published
+    assert ("--step-batch-size-schedule" in ours) == (name != "7b")
+
+
+@pytest.mark.parametrize("name", ["7b", "34b", "70b"])
+def test_every_value_of_the_recipes_has_its_source(name: str) -> None:
+    lines = TINY.with_name(f"{name}.yaml").read_text().splitlines()
+    values = [i for i, line in enumerate(lines) if line.startswith("  ") and ": " in line
+              and not line.lstrip().startswith("#")]  # fmt: skip
+    for i in values:
+        above = [j for j in range(i) if not lines[j].lstrip().startswith("#")]
+        comment = "".join(lines[above[-1] + 1 : i]) + lines[i].partition(" #")[2]
+        own = lines[i].split(":")[0].strip() == "name"
+        assert own or any(f"[{source}]" in comment for source in "PRTM"), lines[i]
 
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1, max_size=12)
