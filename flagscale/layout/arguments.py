@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from math import ceil
-from typing import Any
+from typing import Any, Final
 
+from flagscale.errors import ConfigError
 from flagscale.layout.memory import TrainingMode
 from flagscale.layout.parallel import (
     BatchSizes,
@@ -22,12 +23,14 @@ from flagscale.layout.parallel import (
 from flagscale.layout.ramp import verify_schedule
 
 __all__ = [
+    "OTHER_MODELS",
     "batch_sizes",
     "model_dims",
     "parallel_layout",
     "training_mode",
     "uncounted",
     "verify_arguments",
+    "whole_number",
 ]
 
 _REQUIRED = (
@@ -53,7 +56,7 @@ _UNEVEN_PIPELINE = (
     "account_for_loss_in_pipeline_split",
     "hybrid_layer_pattern",
 )
-_OTHER_MODELS = (
+OTHER_MODELS: Final = (
     "multi_latent_attention",
     "mtp_num_layers",
     "hybrid_layer_pattern",
@@ -63,6 +66,8 @@ _OTHER_MODELS = (
     "attention_output_gate",
     "moe_latent_size",
 )
+"""The arguments that ask for a model whose parameters are not known here."""
+
 _OTHER_MEMORY = ("use_megatron_fsdp", "use_torch_fsdp2", "use_precision_aware_optimizer")
 
 
@@ -192,7 +197,7 @@ def training_mode(values: Mapping[str, Any]) -> TrainingMode:
 
 def uncounted(values: Mapping[str, Any]) -> str | None:
     """The argument because of which parameters and memory are not known beforehand, if any."""
-    for dest in (*_OTHER_MODELS, *_OTHER_MEMORY, *_UNEVEN_PIPELINE):
+    for dest in (*OTHER_MODELS, *_OTHER_MEMORY, *_UNEVEN_PIPELINE):
         if values.get(dest):
             return f"--{dest.replace('_', '-')}"
     if values["num_experts"] and "[" in str(values["moe_layer_freq"]):
@@ -200,6 +205,23 @@ def uncounted(values: Mapping[str, Any]) -> str | None:
     if model_dims(values).padded_vocab_size is None:
         return "only the tokenizer knows the vocabulary; --padded-vocab-size tells"
     return None
+
+
+def whole_number(values: Mapping[str, Any], dest: str) -> int | None:
+    """An argument of a checkpoint that is a whole number; ``None`` where it was not given.
+
+    Raises:
+        ConfigError: It is something else, or negative.
+    """
+    value = values.get(dest)
+    if value is None or (isinstance(value, int) and value >= 0):
+        return value
+    raise ConfigError(
+        "an argument is not a whole number",
+        where=f"--{dest.replace('_', '-')}",
+        expected="a number from 0 on",
+        got=repr(value),
+    )
 
 
 def _moe_layers(values: Mapping[str, Any]) -> frozenset[int]:
