@@ -9,9 +9,9 @@ from flagscale.patches.catalogue import builtin_groups
 from flagscale.platforms.cpu import CPU
 from flagscale.platforms.cuda import CUDA
 from flagscale.plugins import Plugin
-from flagscale.train import aquila, restart, saving, throughput
+from flagscale.train import aquila, buffer_map, restart, saving, throughput
 
-__all__ = ["AQUILA", "PATCHES", "PLATFORMS", "RESTART", "SAVING", "THROUGHPUT"]
+__all__ = ["AQUILA", "BUFFER_MAP", "PATCHES", "PLATFORMS", "RESTART", "SAVING", "THROUGHPUT"]
 
 AQUILA = Plugin(
     name="aquila",
@@ -19,6 +19,7 @@ AQUILA = Plugin(
     verify_arguments=aquila.verify_arguments,
     pre_wrap_hooks=aquila.pre_wrap_hooks,
 )
+BUFFER_MAP = Plugin(name="buffer-map", connect=buffer_map.connect)
 PLATFORMS = Plugin(name="platforms", platforms=(CUDA, CPU))
 PATCHES = Plugin(name="patches", patch_groups=builtin_groups())
 RESTART = Plugin(name="restart", connect=restart.connect)

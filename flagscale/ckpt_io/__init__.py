@@ -1,0 +1,1 @@
+"""The only code that opens checkpoint files: readers and writers, one module a format."""
