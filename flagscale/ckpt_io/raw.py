@@ -1,0 +1,258 @@
+"""Bytes of checkpoint files: sources are opened to read and never otherwise, outputs are staged.
+
+What the operating system refuses becomes our own error, naming the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+from flagscale.errors import CheckpointError
+
+__all__ = [
+    "SourceFiles",
+    "SourceStamp",
+    "StagedFile",
+    "disk_errors",
+    "flush_directory",
+    "require_room",
+    "stamp_sources",
+]
+
+_OPEN_FILES: Final = 64  # of one worker
+_WRITE_BYTES: Final = 256 << 10
+"""Of one call. From 2 MiB on the kernel wants huge pages for its cache, and was measured to take
+ten times as long to find them (Linux 6.18, ext4)."""
+_WRITE_BACK: Final = 2  # SYNC_FILE_RANGE_WRITE
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceStamp:
+    """What tells whether a source file is still the one that was planned with.
+
+    Args:
+        path: Relative to the checkpoint's iteration directory.
+        size: Bytes.
+        mtime_ns: Time of its last change, in nanoseconds.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+def stamp_sources(root: Path, paths: Sequence[str]) -> tuple[SourceStamp, ...]:
+    """Look at source files without opening them.
+
+    Raises:
+        CheckpointError: One is missing.
+    """
+    stamps = []
+    for path in paths:
+        try:
+            found = (root / path).stat()
+        except OSError as error:
+            raise CheckpointError(
+                "a source file cannot be read",
+                where=str(root / path),
+                got=error.strerror,
+                cure="give a complete checkpoint",
+            ) from error
+        stamps.append(SourceStamp(path, found.st_size, found.st_mtime_ns))
+    return tuple(stamps)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Name the output in what the operating system says of it.
+
+    Raises:
+        CheckpointError: No room, no permission, or no such place.
+    """
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise CheckpointError(
+            "the disk is full" if full else "cannot write the output",
+            where=str(path),
+            got=error.strerror,
+            cure="make room" if full else "give a place that can be written",
+        ) from error
+
+
+class SourceFiles:
+    """Source files, open to read; for one thread.
+
+    Args:
+        root: The checkpoint's iteration directory.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self.bytes_read = 0
+
+    def read(self, path: str, offset: int, into: memoryview) -> None:
+        """Fill a buffer from a place in a file.
+
+        Raises:
+            CheckpointError: The file cannot be read, or ends too early.
+        """
+        try:
+            handle = self._handle(path)
+            done = os.preadv(handle, [into], offset)
+            while done < len(into):
+                more = os.preadv(handle, [into[done:]], offset + done)
+                if not more:
+                    break
+                done += more
+        except OSError as error:
+            raise CheckpointError(
+                "a source file cannot be read", where=str(self._root / path), got=error.strerror
+            ) from error
+        self.bytes_read += done
+        if done < len(into):
+            raise CheckpointError(
+                "a source file ends too early",
+                where=str(self._root / path),
+                expected=f"at least {offset + len(into)} bytes",
+                got=f"{offset + done} bytes",
+                cure="the file changed while it was read; start again from a complete checkpoint",
+            )
+
+    def _handle(self, path: str) -> int:
+        handle = self._open.get(path)
+        if handle is not None:
+            self._open.move_to_end(path)
+            return handle
+        if len(self._open) >= _OPEN_FILES:
+            os.close(self._open.popitem(last=False)[1])
+        handle = os.open(self._root / path, os.O_RDONLY | os.O_CLOEXEC)
+        self._open[path] = handle
+        return handle
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class StagedFile:
+    """An output file while it is written; several threads and tasks may write different parts.
+
+    Args:
+        path: Its directory exists.
+        size: Bytes; a new file gets all of them at once, as zeros.
+
+    Raises:
+        CheckpointError: There is no room, or the place cannot be written.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        with disk_errors(path):
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                if os.fstat(self._handle).st_size != size:
+                    os.ftruncate(self._handle, size)
+                if size:
+                    _allocate(self._handle, size)
+            except BaseException:
+                os.close(self._handle)
+                raise
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write all of a buffer."""
+        with disk_errors(self.path):
+            done = 0
+            while done < len(data):
+                part = data[done : done + _WRITE_BYTES]
+                done += os.pwrite(self._handle, part, offset + done)
+
+    def begin_write_back(self, offset: int, nbytes: int) -> None:
+        """Ask that bytes go to the disk soon, so that less is left to wait for; a hint."""
+        _LIBC.sync_file_range(
+            self._handle, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _WRITE_BACK
+        )
+
+    def read(self, into: memoryview, offset: int) -> None:
+        """Fill a buffer with what was written.
+
+        Raises:
+            CheckpointError: The file is shorter than it was made.
+        """
+        with disk_errors(self.path):
+            done = 0
+            while done < len(into):
+                more = os.preadv(self._handle, [into[done:]], offset + done)
+                if not more:
+                    raise CheckpointError("a staged file was cut short", where=str(self.path))
+                done += more
+
+    def sync(self) -> None:
+        """Wait until everything written is on the disk."""
+        with disk_errors(self.path):
+            os.fdatasync(self._handle)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._handle)
+
+
+def _allocate(handle: int, size: int) -> None:
+    """Reserve the space of a file now; where the file system cannot, go without.
+
+    Not ``os.posix_fallocate``: where the file system cannot, that writes every block.
+    """
+    failed = _LIBC.fallocate(handle, 0, ctypes.c_int64(0), ctypes.c_int64(size))
+    if failed and ctypes.get_errno() in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def require_room(directory: Path, nbytes: int) -> None:
+    """Check that a file system has room.
+
+    Args:
+        directory: On the file system.
+        nbytes: Bytes still to be written.
+
+    Raises:
+        CheckpointError: It has not.
+    """
+    with disk_errors(directory):
+        found = os.statvfs(directory)
+    free = found.f_bavail * found.f_frsize
+    if free < nbytes:
+        raise CheckpointError(
+            "the disk is full",
+            where=str(directory),
+            expected=f"{nbytes:,} bytes free",
+            got=f"{free:,} bytes free; nothing has been written",
+            cure="make room, or give another place",
+        )
+
+
+def flush_directory(path: Path) -> None:
+    """Wait until the names in a directory are on the disk."""
+    with disk_errors(path):
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

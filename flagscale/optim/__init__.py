@@ -1,0 +1,1 @@
+"""Reshard the optimizer state of a checkpoint to any parallel layout."""
