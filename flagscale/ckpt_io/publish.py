@@ -17,13 +17,11 @@ from typing import Final
 
 from flagscale.ckpt_io.claims import Claims
 from flagscale.ckpt_io.journal import RECEIPT, Staging
+from flagscale.ckpt_io.location import TRACKER
 from flagscale.ckpt_io.raw import disk_errors, flush_directory
 from flagscale.errors import CheckpointError
 
 __all__ = ["TRACKER", "publish"]
-
-TRACKER: Final = "latest_checkpointed_iteration.txt"
-"""Beside the iteration directories: which is the latest, as upstream reads it."""
 
 _POLL_SECONDS: Final = 0.2
 
