@@ -66,7 +66,7 @@ from harness.elements import (
 )
 from harness.saved_job import ITERATION, optimizer_state, rng_state
 
-__all__ = ["FORMS", "Synthetic", "read_bits"]
+__all__ = ["FORMS", "Group", "Synthetic", "read_bits"]
 
 FORMS = ("legacy", "dp_reshardable", "fully_reshardable")
 
@@ -83,8 +83,17 @@ class _Flat:
 
 
 @dataclass(frozen=True)
-class _Group:
-    """A data-parallel group of one optimizer, and its buffers."""
+class Group:
+    """A data-parallel group of one optimizer.
+
+    Args:
+        optimizer: Index among the chained optimizers.
+        index: Upstream's ``dp_group_idx``.
+        expert: Whether it is of experts with a grid of their own.
+        place: Pipeline, tensor, expert and expert tensor rank.
+        dp_size: Its members.
+        buffers: Of each, its model chunk, its layout, and the parameters of the chunk.
+    """
 
     optimizer: int
     index: int
@@ -185,7 +194,7 @@ class Synthetic:
             )
         return element_bits(kind, name, index, tensor.dtype)
 
-    def _groups(self) -> Iterator[_Group]:
+    def groups(self) -> Iterator[Group]:
         """Every optimizer's groups, as upstream numbers them."""
         at = self.layout
         args = vars(self.args)
@@ -211,7 +220,7 @@ class Synthetic:
                     )
                     for optimizer, one in enumerate(optimizers):
                         if one.expert == is_expert:
-                            yield _Group(
+                            yield Group(
                                 optimizer,
                                 pp_rank * len(places) + number,
                                 is_expert,
@@ -230,7 +239,7 @@ class Synthetic:
         )
 
     def _flat(
-        self, group: _Group, buffer: BufferLayout, params: Sequence[LocalParam], bucket: int
+        self, group: Group, buffer: BufferLayout, params: Sequence[LocalParam], bucket: int
     ) -> _Flat:
         _, tp, ep, etp = group.place
         first = ep * ((self.model.dims.num_experts or 0) // self.layout.ep_size)
@@ -322,7 +331,7 @@ class Synthetic:
         contents: dict[str, Content] = {}
         cuts: dict[str, list[int]] = {}
         objects: dict[str, Any] = {}
-        for group in self._groups():
+        for group in self.groups():
             chained = self._expert_grid or self.args.overlap_param_gather_with_optimizer_step
             prefix = f"chained_{group.optimizer}." if chained else ""
             prefix += f"optimizer.distributed.dp_group_idx_{group.index}."
@@ -440,7 +449,7 @@ class Synthetic:
     def legacy_ranks(self) -> dict[RankKey, tuple[dict[str, Any], list[Any], dict[str, Content]]]:
         """Of each rank's directory: the model's state, the optimizers', and what slots hold."""
         at = self.layout
-        groups = {(group.optimizer, *group.place): group for group in self._groups()}
+        groups = {(group.optimizer, *group.place): group for group in self.groups()}
         optimizers = 1 + max(group.optimizer for group in groups.values())
         ranks: dict[RankKey, tuple[dict[str, Any], list[Any], dict[str, Content]]] = {}
         for rank in range(at.world_size):
@@ -499,7 +508,7 @@ class Synthetic:
 
         return bits
 
-    def _buffer_states(self, group: _Group, slots: dict[str, Content]) -> dict[Any, Any]:
+    def _buffer_states(self, group: Group, slots: dict[str, Content]) -> dict[Any, Any]:
         states: dict[Any, Any] = {"buckets_coalesced": True}
         for gbuf, (_, buffer, params) in enumerate(group.buffers):
             flats = [
@@ -572,7 +581,7 @@ class Synthetic:
 
     def write_maps(self, directory: Path) -> None:
         """Write the maps of the buffers, as a job of ours does."""
-        for group in self._groups():
+        for group in self.groups():
             pp_rank, tp_rank, ep_rank, etp_rank = group.place
             buffers = [
                 BufferMap(

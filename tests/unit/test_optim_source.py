@@ -291,9 +291,9 @@ def test_legacy_buckets_may_be_a_list_and_types_of_parameters_unknown(
     directory = one.write(tmp_path)
     path = directory / "mp_rank_00" / "distrib_optim.pt"
     state = torch.load(path, weights_only=False)  # noqa: TID251  (our own)
-    one.write_maps(tmp_path)
-    (buffer,) = {(key, *value) for key, value in state[0].items()} and state[0].values()
-    [(_, layout, _)] = next(iter(one._groups())).buffers
+    (buffer,) = state[0].values()
+    (group,) = one.groups()
+    ((_, layout, _),) = group.buffers
     sizes = [bucket.numel_unpadded for bucket in layout.buckets]
     old = {kind: list(buffer[kind].split(sizes)) for kind in OPTIMIZER_KINDS}
     torch.save({0: {torch.float32: old}}, path)
