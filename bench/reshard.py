@@ -36,8 +36,8 @@ from harness import train  # noqa: E402
 from harness.corpus import write_corpus  # noqa: E402
 from harness.reshard import STOPPED_AT, Layout, Source, train_source  # noqa: E402
 
-SIZES = {"small": (512, 8), "large": (1024, 9)}
-"""Hidden size and layers; about 0.5 and 2.1 GB a checkpoint."""
+SIZES = {"small": (512, 12), "large": (1280, 8)}
+"""Hidden size and layers; about 0.5 and 2.2 GB a checkpoint."""
 
 _DCP = """
 import sys, warnings

@@ -9,7 +9,7 @@ from harness.cells import TEST_CELLS, Cell, Workshop
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     # Upstream's own reshard, as a reference for the losses, would double the time.
-    return Workshop(tmp_path_factory.mktemp("matrix"), in_process=False, online=False)
+    return Workshop(tmp_path_factory.mktemp("matrix"), online=False)
 
 
 @pytest.mark.parametrize("cell", [pytest.param(cell, id=cell.name) for cell in TEST_CELLS])
