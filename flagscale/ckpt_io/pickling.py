@@ -10,9 +10,9 @@ from typing import Any, Final
 
 import torch
 
-from flagscale.ckpt_io.values import Foreign, Global, StoredTensor, TensorSlot, row_major_strides
+from flagscale.ckpt_io.values import Foreign, Global, StoredTensor, TensorSlot
 from flagscale.errors import ConfigError
-from flagscale.layout.pieces import DTYPE_BYTES
+from flagscale.layout.pieces import DTYPE_BYTES, dense_strides
 
 __all__ = ["Leaf", "dump_by_value", "dump_tree", "tensor_bytes"]
 
@@ -167,7 +167,7 @@ class _Pickler(_ByValue):
         if leaf.dtype not in DTYPE_BYTES:
             raise ConfigError("a tensor of an unknown element type", got=leaf.dtype)
         self.leaves.append(leaf)
-        strides = row_major_strides(leaf.shape)
+        strides = dense_strides(leaf.shape)
         args: tuple[Any, ...] = (_Storage(leaf), 0, leaf.shape, strides, False, OrderedDict())
         if leaf.dtype in _STORAGE_CLASSES:
             return torch._utils._rebuild_tensor_v2, args

@@ -10,24 +10,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from flagscale.layout.pieces import DTYPE_BYTES
+from flagscale.layout.pieces import DTYPE_BYTES, dense_strides
 
-__all__ = ["Foreign", "Global", "StoredTensor", "TensorSlot", "row_major_strides"]
-
-
-def row_major_strides(shape: tuple[int, ...], itemsize: int = 1) -> tuple[int, ...]:
-    """Steps from one index to the next of a dense row-major tensor.
-
-    Args:
-        shape: Of the tensor.
-        itemsize: Bytes of an element; 1 gives the steps in elements, as torch counts them.
-    """
-    strides: list[int] = []
-    step = itemsize
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
+__all__ = ["Foreign", "Global", "StoredTensor", "TensorSlot"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +46,7 @@ class StoredTensor:
     @property
     def dense(self) -> bool:
         """Whether the elements lie one after another, in row-major order."""
-        dense = row_major_strides(self.shape, DTYPE_BYTES[self.dtype])
+        dense = dense_strides(self.shape, DTYPE_BYTES[self.dtype])
         return self.numel == 0 or all(
             size == 1 or have == want
             for size, have, want in zip(self.shape, self.strides, dense, strict=True)

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from flagscale.layout.boxes import Box
 
-__all__ = ["DTYPE_BYTES", "OPTIMIZER_KINDS", "Piece", "Region", "TensorKey"]
+__all__ = ["DTYPE_BYTES", "OPTIMIZER_KINDS", "Piece", "Region", "TensorKey", "dense_strides"]
 
 OPTIMIZER_KINDS: Final = ("param", "exp_avg", "exp_avg_sq")
 """What the optimizer keeps of each parameter: the fp32 main copy and the two moments of Adam."""
@@ -85,3 +85,18 @@ class Piece:
         steps = zip(box.offset, self.box.offset, self.region.strides, strict=True)
         offset = self.region.offset + sum((at - first) * step for at, first, step in steps)
         return Region(self.region.file, offset, self.region.strides)
+
+
+def dense_strides(shape: tuple[int, ...], itemsize: int = 1) -> tuple[int, ...]:
+    """Steps from one index to the next where the elements lie one after another, row by row.
+
+    Args:
+        shape: Of the tensor or box.
+        itemsize: Bytes of an element; 1 gives the steps in elements, as torch counts them.
+    """
+    strides: list[int] = []
+    step = itemsize
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))

@@ -26,6 +26,9 @@ _PLACEMENT: Final = (
 )
 """Arguments that place layers on stages, which mean nothing for another number of stages."""
 
+_UNTOLD: Final = (None, False, 1)
+"""What an argument that is missing means."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -85,8 +88,9 @@ def target_args(source: Source, request: Request) -> Namespace:
         "world_size": tp * pp * dp * at.cp_size,
         "padded_vocab_size": _padded_vocab_size(source, request, tp),
     }
-    # An older release does not have all of them.
-    return Namespace(**{**old, **{name: value for name, value in new.items() if name in old}})
+    # An older release does not have all of them; what was asked for is told all the same.
+    told = {name: value for name, value in new.items() if name in old or value not in _UNTOLD}
+    return Namespace(**{**old, **told})
 
 
 def _dp_size(source: Source, tp: int, pp: int, experts: int) -> int:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from flagscale.layout.boxes import Box
 from flagscale.layout.model import LocalParam
-from flagscale.layout.pieces import DTYPE_BYTES, Piece, Region, TensorKey
+from flagscale.layout.pieces import DTYPE_BYTES, Piece, Region, TensorKey, dense_strides
 
-__all__ = ["FlatParam", "FlatRun", "dense_strides", "flat_pieces", "gaps", "local_pieces"]
+__all__ = ["FlatParam", "FlatRun", "flat_pieces", "gaps", "local_pieces"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,7 @@ def flat_pieces(
                     TensorKey(kind, flat.param.canonical),
                     box,
                     dtype,
-                    Region(run.file, offset, dense_strides(box, itemsize)),
+                    Region(run.file, offset, dense_strides(box.shape, itemsize)),
                 )
 
 
@@ -103,15 +102,5 @@ def local_pieces(param: LocalParam, file: str, offset: int) -> Iterator[Piece]:
     """
     itemsize = DTYPE_BYTES[param.dtype]
     for box, at in param.boxes():
-        region = Region(file, offset + at * itemsize, dense_strides(box, itemsize))
+        region = Region(file, offset + at * itemsize, dense_strides(box.shape, itemsize))
         yield Piece(TensorKey("weight", param.canonical), box, param.dtype, region)
-
-
-def dense_strides(box: Box, itemsize: int) -> tuple[int, ...]:
-    """Bytes from one index to the next where the elements of a box lie one after another."""
-    strides: list[int] = []
-    step = itemsize
-    for size in reversed(box.shape):
-        strides.append(step)
-        step *= size
-    return tuple(reversed(strides))

@@ -7,14 +7,13 @@ buffer, which stays in the processor's cache, and spread out from there.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import prod
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from flagscale.ckpt_io.raw import SourceFiles
-from flagscale.layout.pieces import DTYPE_BYTES
+from flagscale.layout.pieces import DTYPE_BYTES, dense_strides
 from flagscale.optim.plan import CopyItem
 
 __all__ = ["BLOCK_BYTES", "Gatherer", "steps"]
@@ -98,7 +97,7 @@ class Gatherer:
         if _by_runs(item):
             block = self._scratch(dense)
             self._read(item.source, item, block)
-            strides = _dense_strides(item.shape, DTYPE_BYTES[item.source_dtype])
+            strides = dense_strides(item.shape, DTYPE_BYTES[item.source_dtype])
         else:
             block = self._scratch(item.source_extent)
             self._sources.read(item.source, item.source_offset, block)
@@ -128,13 +127,9 @@ class Gatherer:
 def _in_order(item: CopyItem) -> bool:
     """Whether the elements follow each other alike in the unit, which is dense, and as read."""
     size = DTYPE_BYTES[item.dtype]
-    if item.strides != _dense_strides(item.shape, size):
+    if item.strides != dense_strides(item.shape, size):
         return False
     return item.source_strides == item.strides or _by_runs(item)
-
-
-def _dense_strides(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
-    return tuple(size * prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def _view(

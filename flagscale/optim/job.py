@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from flagscale.errors import CheckpointError, ConfigError
-from flagscale.layout.model import CanonicalTensor, ModelSpec, canonical_tensors, model_spec
+from flagscale.layout.buffers import BufferLayout, bucket_size, buffer_rules, plan_buffers
+from flagscale.layout.model import (
+    CanonicalTensor,
+    LayerSpec,
+    LocalParam,
+    ModelSpec,
+    canonical_tensors,
+    local_params,
+    local_weights,
+    model_spec,
+)
 from flagscale.layout.parallel import ParallelLayout
 from flagscale.layout.pipeline import Pipeline, pipeline_from_arguments
 
@@ -141,6 +151,46 @@ class Job:
                 for etp_rank in range(at.expert_tp_size):
                     index = (pp_rank * at.ep_size + ep_rank) * at.expert_tp_size + etp_rank
                     yield Group(len(parts), index, pp_rank, 0, ep_rank, etp_rank, True, chunks)
+
+    def params(self, group: Group, chunk: int, spec: LayerSpec) -> tuple[LocalParam, ...]:
+        """The parameters of a model chunk as a group's members have it, as they are registered."""
+        return local_params(
+            self.model,
+            self.layout,
+            self.pipeline,
+            group.pp_rank,
+            chunk,
+            group.tp_rank,
+            group.ep_rank,
+            spec,
+            group.etp_rank,
+        )
+
+    def numel(self, group: Group) -> int:
+        """Elements of all parameters of a member, in all its chunks; the spec has no part in it."""
+        chunks = range(self.pipeline.num_chunks)
+        return sum(p.numel for chunk in chunks for p in self.params(group, chunk, "local"))
+
+    def weights(
+        self, pp_rank: int, chunk: int, tp_rank: int, ep_rank: int, spec: LayerSpec
+    ) -> tuple[LocalParam, ...]:
+        """What the state dict of a rank's model chunk holds, in its order."""
+        return local_weights(
+            self.model, self.layout, self.pipeline, pp_rank, chunk, tp_rank, ep_rank, spec
+        )
+
+    def buffers(
+        self, group: Group, spec: LayerSpec
+    ) -> Iterator[tuple[BufferLayout, tuple[LocalParam, ...]]]:
+        """The buffers of a group by ``gbuf_idx``, each with the parameters that its slots count."""
+        chunks = [self.params(group, chunk, spec) for chunk in range(self.pipeline.num_chunks)]
+        numel = self.numel(group)
+        rules = buffer_rules(self.args, self.layout)
+        for chunk in group.chunks:
+            size = bucket_size(self.args, self.layout, group.pp_rank, chunk, numel)
+            for buffer in plan_buffers(chunks[chunk], rules, size):
+                if buffer.key.expert == group.expert:
+                    yield buffer, chunks[chunk]
 
 
 def _layout(args: Mapping[str, Any], pipeline: Pipeline) -> ParallelLayout:

@@ -18,11 +18,10 @@ from itertools import product
 from math import prod
 
 from flagscale.layout.boxes import Box
-from flagscale.layout.buffers import BufferLayout, bucket_size, buffer_rules, plan_buffers
-from flagscale.layout.model import LayerSpec, LocalParam, layer_specs, local_params
+from flagscale.layout.model import LayerSpec, LocalParam, layer_specs
 from flagscale.layout.pieces import DTYPE_BYTES, OPTIMIZER_KINDS, Piece
 from flagscale.optim.flat import FlatParam, FlatRun, flat_pieces
-from flagscale.optim.job import Group, Job
+from flagscale.optim.job import Job
 
 __all__ = ["Mending", "Slice", "mendings", "subtract"]
 
@@ -101,7 +100,7 @@ def _mending(job: Job, spec: LayerSpec, stored: Mapping[str, Mapping[str, list[P
     mended: list[Piece] = []
     claimed: set[tuple[str, Box]] = set()
     for group in job.groups():
-        for buffer, params in _buffers(job, group, spec):
+        for buffer, params in job.buffers(group, spec):
             own = []
             for slot in buffer.slots:
                 param = params[slot.param]
@@ -129,33 +128,6 @@ def _mending(job: Job, spec: LayerSpec, stored: Mapping[str, Mapping[str, list[P
                 runs.sort(key=lambda run: run.start)
                 mended += flat_pieces(kind, "float32", flat, runs)
     return Mending(spec, tuple(slices), tuple(mended), _lost(job, mended))
-
-
-def _buffers(
-    job: Job, group: Group, spec: LayerSpec
-) -> Iterator[tuple[BufferLayout, tuple[LocalParam, ...]]]:
-    """The buffers of a group, with the parameters that their slots count."""
-    chunks = {
-        chunk: local_params(
-            job.model,
-            job.layout,
-            job.pipeline,
-            group.pp_rank,
-            chunk,
-            group.tp_rank,
-            group.ep_rank,
-            spec,
-            group.etp_rank,
-        )
-        for chunk in range(job.pipeline.num_chunks)
-    }
-    numel = sum(param.numel for params in chunks.values() for param in params)
-    rules = buffer_rules(job.args, job.layout)
-    for chunk in group.chunks:
-        size = bucket_size(job.args, job.layout, group.pp_rank, chunk, numel)
-        for buffer in plan_buffers(chunks[chunk], rules, size):
-            if buffer.key.expert == group.expert:
-                yield buffer, chunks[chunk]
 
 
 def _runs(param: LocalParam, start: int, pieces: Sequence[Piece]) -> Iterator[FlatRun]:

@@ -23,7 +23,7 @@ from flagscale.layout.buffers import (
     plan_buffers,
     stored_buffer,
 )
-from flagscale.layout.model import LayerSpec, LocalParam, layer_specs, local_params
+from flagscale.layout.model import LayerSpec, LocalParam, layer_specs
 from flagscale.optim.flat import FlatParam, FlatRun
 from flagscale.optim.job import Group, Job
 
@@ -132,17 +132,7 @@ def _members(
     group = buffer.group
     position = buffer.gbuf
     for chunk in group.chunks:
-        params = local_params(
-            job.model,
-            job.layout,
-            job.pipeline,
-            group.pp_rank,
-            chunk,
-            group.tp_rank,
-            group.ep_rank,
-            spec,
-            group.etp_rank,
-        )
+        params = job.params(group, chunk, spec)
         if names := listed.get((group.pp_rank, chunk, group.ep_rank)):
             params = _listed(params, names, buffer)
         members = group_params(params, buffer_rules(job.args, job.layout).grads_in_fp32)
@@ -191,20 +181,10 @@ def _layouts(
         yield stored_buffer(key, params, indices, buffer.bucket_numels)
         return
     rules = buffer_rules(job.args, job.layout)
-    numel = _rank_numel(job, buffer.group) if job.args.get("ddp_num_buckets") else None
+    numel = job.numel(buffer.group)
     size = bucket_size(job.args, job.layout, buffer.group.pp_rank, chunk, numel)
     for attempt in dict.fromkeys((size, None)):
         yield from (plan for plan in plan_buffers(params, rules, attempt) if plan.key == key)
-
-
-def _rank_numel(job: Job, group: Group) -> int:
-    """Elements of all parameters of a rank; they are as many whichever the layer spec."""
-    place = (group.tp_rank, group.ep_rank, layer_specs(job.args)[0], group.etp_rank)
-    return sum(
-        param.numel
-        for chunk in range(job.pipeline.num_chunks)
-        for param in local_params(job.model, job.layout, job.pipeline, group.pp_rank, chunk, *place)
-    )
 
 
 def _by_map(job: Job, buffer: FlatBuffer, maps: Sequence[OptimizerMap]) -> Iterator[FlatParam]:
@@ -222,17 +202,7 @@ def _by_map(job: Job, buffer: FlatBuffer, maps: Sequence[OptimizerMap]) -> Itera
     by_name = {
         param.name: param
         for spec in layer_specs(job.args)
-        for param in local_params(
-            job.model,
-            job.layout,
-            job.pipeline,
-            group.pp_rank,
-            mapped.chunk,
-            group.tp_rank,
-            group.ep_rank,
-            spec,
-            group.etp_rank,
-        )
+        for param in job.params(group, mapped.chunk, spec)
     }
     numels = [bucket.numel_unpadded for bucket in mapped.buckets]
     if sum(numels) != buffer.numel or numels != list(buffer.bucket_numels or numels):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -13,11 +13,12 @@ from typing import Final, Literal
 from flagscale.ckpt_io.claims import Task
 from flagscale.ckpt_io.manifest import verify_manifest, write_manifest
 from flagscale.ckpt_io.publish import publish
+from flagscale.ckpt_io.readback import read_back_holes
 from flagscale.errors import CheckpointError
 from flagscale.layout.pieces import Piece, TensorKey
 from flagscale.optim.carry import Request
 from flagscale.optim.execute import execute_plan
-from flagscale.optim.plan import ReshardPlan, plan_reshard
+from flagscale.optim.plan import ReshardPlan, Unit, plan_reshard
 from flagscale.optim.proof import compare
 from flagscale.optim.source import Source, damage_named
 from flagscale.optim.target import CkptFormat, OptimFormat, Target, plan_target
@@ -26,6 +27,7 @@ from flagscale.optim.verify import verify_plan
 __all__ = ["Outcome", "Reshard", "fill", "measure_speed", "plan", "run"]
 
 _PROBE_BYTES: Final = 64 << 20
+_READ_BACK_BYTES: Final = 64 << 20  # of a sample, drawn from all that was written
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,15 @@ def fill(
         zero_fill=zero_fill,
     )
     sizes = {file: (source.directory / file).stat().st_size for file in made.source_files}
-    if problems := verify_plan(made, sizes):
+    read = 0
+
+    def counted(file: int) -> Iterator[Unit]:
+        nonlocal read
+        for unit in made.units(file):
+            read += sum(item.nbytes for item in unit.items if item.source is not None)
+            yield unit
+
+    if problems := verify_plan(made, sizes, counted):
         listed = "".join(f"\n    {problem}" for problem in problems[:10])
         raise CheckpointError(
             "the plan does not write every element of the target exactly once",
@@ -133,13 +143,6 @@ def fill(
             got=f"{len(problems)}:{listed}",
             cure="nothing was written; the checkpoint does not hold what its arguments say",
         )
-    read = sum(
-        item.nbytes
-        for index in range(len(made.files))
-        for unit in made.units(index)
-        for item in unit.items
-        if item.source is not None
-    )
     return Reshard(source, target, made, read)
 
 
@@ -188,7 +191,12 @@ def run(
         nonlocal proved
         proved = _prove(staged, target, full=verify == "full")
         write_manifest(staged, digests)
-        if verify == "full" and (problems := verify_manifest(staged)):
+        if verify == "full":
+            problems = list(verify_manifest(staged))
+        else:
+            files, crcs = reshard.plan.files, done.hole_crcs
+            problems = read_back_holes(staged, files, crcs, sample_bytes=_READ_BACK_BYTES)
+        if problems:
             raise CheckpointError(
                 "a file does not read back as it was written",
                 where=str(staged),

@@ -23,8 +23,6 @@ from flagscale.layout.model import (
     LocalParam,
     canonical_name,
     layer_specs,
-    local_params,
-    local_weights,
 )
 from flagscale.layout.pieces import OPTIMIZER_KINDS, Piece, Region, TensorKey
 from flagscale.optim.extra_state import ExtraState, from_local, from_stored
@@ -354,11 +352,10 @@ def _bucket_buffers(
 
 def _has_params(job: Job, group: Group) -> bool:
     """Whether a group has any; not so on a stage without layers, or without experts."""
-    at = (group.tp_rank, group.ep_rank, layer_specs(job.args)[0], group.etp_rank)
     return any(
         param.expert_parallel == group.expert
         for chunk in group.chunks
-        for param in local_params(job.model, job.layout, job.pipeline, group.pp_rank, chunk, *at)
+        for param in job.params(group, chunk, "local")
     )
 
 
@@ -457,16 +454,7 @@ def _model_params(
     stored = {name for name in stored if not name.endswith("._extra_state")}
     attempts = []
     for spec in layer_specs(job.args):
-        params = local_weights(
-            job.model,
-            job.layout,
-            job.pipeline,
-            place.pp_rank,
-            chunk,
-            place.tp_rank,
-            place.ep_rank,
-            spec,
-        )
+        params = job.weights(place.pp_rank, chunk, place.tp_rank, place.ep_rank, spec)
         wrong = {param.name for param in params} ^ stored
         if not wrong:
             return spec, params

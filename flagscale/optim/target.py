@@ -14,13 +14,19 @@ from flagscale.ckpt_io.torch_dist_plan import ChunkKey, TensorPlan, plan_checkpo
 from flagscale.ckpt_io.values import TensorSlot
 from flagscale.errors import ConfigError
 from flagscale.layout.boxes import Box
-from flagscale.layout.buffers import BufferLayout, bucket_size, buffer_rules, plan_buffers
-from flagscale.layout.model import LocalParam, local_params, local_weights, stored_name
+from flagscale.layout.model import LocalParam, stored_name
 from flagscale.layout.parallel import BatchSizes, raise_problems, verify_layout
-from flagscale.layout.pieces import DTYPE_BYTES, OPTIMIZER_KINDS, Piece, Region, TensorKey
+from flagscale.layout.pieces import (
+    DTYPE_BYTES,
+    OPTIMIZER_KINDS,
+    Piece,
+    Region,
+    TensorKey,
+    dense_strides,
+)
 from flagscale.optim.carry import Request, rng_states, target_args, target_optimizers
 from flagscale.optim.extra_state import to_local, to_stored
-from flagscale.optim.flat import FlatParam, FlatRun, dense_strides, flat_pieces, gaps, local_pieces
+from flagscale.optim.flat import FlatParam, FlatRun, flat_pieces, gaps, local_pieces
 from flagscale.optim.job import Group, Job
 from flagscale.optim.source import Source
 
@@ -187,33 +193,6 @@ class _Format:
         kept = {key: value for key, value in self.source.common.items() if key not in dropped}
         return {"args": self.args, **kept}
 
-    def params(self, group: Group, chunk: int) -> tuple[LocalParam, ...]:
-        job = self.job
-        return local_params(
-            job.model,
-            job.layout,
-            job.pipeline,
-            group.pp_rank,
-            chunk,
-            group.tp_rank,
-            group.ep_rank,
-            self.source.spec,
-            group.etp_rank,
-        )
-
-    def buffers(self, group: Group) -> Iterator[tuple[BufferLayout, tuple[LocalParam, ...]]]:
-        """The buffers of a group by ``gbuf_idx``, each with the parameters of its chunk."""
-        job = self.job
-        chunks = range(job.pipeline.num_chunks)
-        everything = {chunk: self.params(group, chunk) for chunk in chunks}
-        numel = sum(param.numel for params in everything.values() for param in params)
-        for chunk in group.chunks:
-            size = bucket_size(job.args, job.layout, group.pp_rank, chunk, numel)
-            rules = buffer_rules(job.args, job.layout)
-            for buffer in plan_buffers(everything[chunk], rules, size):
-                if buffer.key.expert == group.expert:
-                    yield buffer, everything[chunk]
-
 
 class _TorchDist(_Format):
     """Plans a checkpoint of the format ``torch_dist``."""
@@ -245,7 +224,7 @@ class _TorchDist(_Format):
                 runs.setdefault(member.key, []).append(run)
             else:
                 tensor, box = named[member]
-                strides = dense_strides(box, DTYPE_BYTES[hole.dtype])
+                strides = dense_strides(box.shape, DTYPE_BYTES[hole.dtype])
                 pieces.append(Piece(tensor, box, hole.dtype, Region(path, hole.offset, strides)))
         for key, (kind, params, numel) in flat.items():
             ordered = sorted(runs.get(key, ()), key=lambda run: run.start)
@@ -309,7 +288,7 @@ class _TorchDist(_Format):
             prefix += f"optimizer.distributed.dp_group_idx_{group.index}."
             numels: list[dict[Any, list[int]]] = []
             unpadded: list[dict[Any, list[int]]] = []
-            for gbuf, (buffer, params) in enumerate(self.buffers(group)):
+            for gbuf, (buffer, params) in enumerate(self.job.buffers(group, self.source.spec)):
                 key = buffer.key
                 dtypes = _torch_dtypes(key.param_dtype, key.grad_dtype)
                 numels.append({dtypes: [bucket.end - bucket.start for bucket in buffer.buckets]})
@@ -397,15 +376,8 @@ class _Legacy(_Format):
         state = self.common()
         for chunk in range(chunks):
             model: dict[str, Any] = {}
-            for param in local_weights(
-                job.model,
-                job.layout,
-                job.pipeline,
-                place.pp_rank,
-                chunk,
-                place.tp_rank,
-                place.ep_rank,
-                source.spec,
+            for param in job.weights(
+                place.pp_rank, chunk, place.tp_rank, place.ep_rank, source.spec
             ):
                 key = f"model{chunk}.{param.name}"
                 model[param.name] = TensorSlot(param.dtype, param.shape, key)
@@ -422,7 +394,7 @@ class _Legacy(_Format):
         self, group: Group, held: dict[str, tuple[LocalParam | str, list[FlatParam], int]]
     ) -> dict[Any, Any]:
         state: dict[Any, Any] = {"buckets_coalesced": True}
-        for gbuf, (buffer, params) in enumerate(self.buffers(group)):
+        for gbuf, (buffer, params) in enumerate(self.job.buffers(group, self.source.spec)):
             flat = [FlatParam(params[slot.param], buffer.compact(slot)[0]) for slot in buffer.slots]
             tensors: dict[str, Any] = {}
             for kind in OPTIMIZER_KINDS:

@@ -61,7 +61,7 @@ class Compacted(Synthetic):
         """The states as they are stored, whole, by kind and canonical name."""
         found: dict[tuple[str, str], Bits] = {}
         first: dict[tuple[str, Ranges], object] = {}
-        for group in self._groups():
+        for group in self.groups():
             for *_, buffer, params in group.buffers:
                 numbered = list(enumerate(buffer.buckets))
                 flats = [self._flat(group, buffer, params, number) for number, _ in numbered]
