@@ -1,4 +1,4 @@
-"""Bytes of checkpoint files: sources are opened to read and never otherwise, outputs are staged.
+"""Outputs while they are written, and whether sources are still what was planned with.
 
 What the operating system refuses becomes our own error, naming the file.
 """
@@ -9,16 +9,14 @@ import contextlib
 import ctypes
 import errno
 import os
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Final
 
 from flagscale.errors import CheckpointError
 
 __all__ = [
-    "SourceFiles",
     "SourceStamp",
     "StagedFile",
     "disk_errors",
@@ -27,7 +25,6 @@ __all__ = [
     "stamp_sources",
 ]
 
-_OPEN_FILES: Final = 64  # of one worker
 _WRITE_BYTES: Final = 256 << 10
 """Of one call. From 2 MiB on the kernel wants huge pages for its cache, and was measured to take
 ten times as long to find them (Linux 6.18, ext4)."""
@@ -88,69 +85,6 @@ def disk_errors(path: Path) -> Iterator[None]:
             got=error.strerror,
             cure="make room" if full else "give a place that can be written",
         ) from error
-
-
-class SourceFiles:
-    """Source files, open to read; for one thread.
-
-    Args:
-        root: The checkpoint's iteration directory.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._open: OrderedDict[str, int] = OrderedDict()
-        self.bytes_read = 0
-
-    def read(self, path: str, offset: int, into: memoryview) -> None:
-        """Fill a buffer from a place in a file.
-
-        Raises:
-            CheckpointError: The file cannot be read, or ends too early.
-        """
-        try:
-            handle = self._handle(path)
-            done = os.preadv(handle, [into], offset)
-            while done < len(into):
-                more = os.preadv(handle, [into[done:]], offset + done)
-                if not more:
-                    break
-                done += more
-        except OSError as error:
-            raise CheckpointError(
-                "a source file cannot be read", where=str(self._root / path), got=error.strerror
-            ) from error
-        self.bytes_read += done
-        if done < len(into):
-            raise CheckpointError(
-                "a source file ends too early",
-                where=str(self._root / path),
-                expected=f"at least {offset + len(into)} bytes",
-                got=f"{offset + done} bytes",
-                cure="the file changed while it was read; start again from a complete checkpoint",
-            )
-
-    def _handle(self, path: str) -> int:
-        handle = self._open.get(path)
-        if handle is not None:
-            self._open.move_to_end(path)
-            return handle
-        if len(self._open) >= _OPEN_FILES:
-            os.close(self._open.popitem(last=False)[1])
-        handle = os.open(self._root / path, os.O_RDONLY | os.O_CLOEXEC)
-        self._open[path] = handle
-        return handle
-
-    def close(self) -> None:
-        """Close all files."""
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class StagedFile:

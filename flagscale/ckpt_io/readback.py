@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from flagscale.ckpt_io.output import Hole, OutputFile
-from flagscale.ckpt_io.raw import SourceFiles, disk_errors
+from flagscale.ckpt_io.raw import disk_errors
+from flagscale.ckpt_io.sources import Sources
 
 __all__ = ["read_back_holes"]
 
@@ -51,7 +52,7 @@ def read_back_holes(
     if sample_bytes is not None:
         random.Random(seed).shuffle(holes)
     wrong, done = [], 0
-    with SourceFiles(directory) as sources:
+    with Sources(directory) as sources:
         for path, hole, crc in holes:
             if sample_bytes is not None and done >= sample_bytes:
                 break
@@ -65,13 +66,13 @@ def read_back_holes(
     return wrong
 
 
-def _crc_on_disk(sources: SourceFiles, directory: Path, path: str, hole: Hole) -> int:
+def _crc_on_disk(sources: Sources, directory: Path, path: str, hole: Hole) -> int:
     with disk_errors(directory / path), (directory / path).open("rb") as stream:
         os.posix_fadvise(stream.fileno(), hole.offset, hole.nbytes, os.POSIX_FADV_DONTNEED)
     block = memoryview(bytearray(min(_BLOCK_BYTES, hole.nbytes)))
     crc = 0
     for start in range(0, hole.nbytes, _BLOCK_BYTES):
         part = block[: hole.nbytes - start]
-        sources.read(path, hole.offset + start, part)
+        sources.read_into(path, hole.offset + start, part)
         crc = zlib.crc32(part, crc)
     return crc

@@ -20,7 +20,7 @@ _MAX_OPEN: Final = 64
 
 
 class Sources:
-    """The files of one directory; a context manager, which closes what it opened.
+    """The files of one directory, for one thread; a context manager, which closes what it opened.
 
     Args:
         directory: The iteration's directory; every file is named relative to it.
@@ -30,6 +30,7 @@ class Sources:
         self.directory = directory
         self._open: OrderedDict[str, int] = OrderedDict()
         self._sizes: dict[str, int] = {}
+        self.bytes_read = 0
 
     def __enter__(self) -> Self:
         return self
@@ -75,22 +76,33 @@ class Sources:
                 expected=f"at most {MAX_READ} bytes",
                 got=f"{nbytes} bytes at {offset}",
             )
+        content = bytearray(nbytes)
+        self.read_into(file, offset, memoryview(content))
+        return bytes(content)
+
+    def read_into(self, file: str, offset: int, into: memoryview) -> None:
+        """Fill a buffer from a place in a file.
+
+        Raises:
+            CheckpointError: The file is missing, unreadable, or ends before.
+        """
         descriptor = self._descriptor(file)
-        parts: list[bytes] = []
-        while nbytes:
+        done = 0
+        while done < len(into):
             try:
-                part = os.pread(descriptor, nbytes, offset)
+                more = os.preadv(descriptor, [into[done:]], offset + done)
             except OSError as error:
                 raise _unreadable(self.directory / file, error) from error
-            if not part:
+            if not more:
                 raise CheckpointError(
-                    "a file of the checkpoint became shorter while it was read",
+                    "a file of the checkpoint is too short",
                     where=str(self.directory / file),
+                    expected=f"bytes {offset} to {offset + len(into)}",
+                    got=f"{offset + done} bytes",
+                    cure="it was truncated, or changed while it was read: take another copy",
                 )
-            parts.append(part)
-            offset += len(part)
-            nbytes -= len(part)
-        return b"".join(parts)
+            done += more
+        self.bytes_read += done
 
     def _descriptor(self, file: str) -> int:
         if file in self._open:

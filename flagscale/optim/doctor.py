@@ -15,7 +15,7 @@ from pathlib import Path
 from flagscale.ckpt_io.buffer_map import read_maps
 from flagscale.ckpt_io.location import detect_format, find_iteration
 from flagscale.ckpt_io.manifest import MANIFEST
-from flagscale.ckpt_io.raw import SourceFiles
+from flagscale.ckpt_io.sources import Sources
 from flagscale.errors import CheckpointError, FlagScaleError
 from flagscale.layout.boxes import Box
 from flagscale.layout.pieces import DTYPE_BYTES, Piece
@@ -162,7 +162,7 @@ class _Report:
             )
         scanner = Scanner(source, lost)
         tensors: list[Tensor] = []
-        with SourceFiles(self.directory) as files:
+        with Sources(self.directory) as files:
             for name, kinds in table.items():
                 before = files.bytes_read
                 tensors += scanner.scan(files, name, kinds)

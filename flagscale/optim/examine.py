@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from flagscale.ckpt_io.raw import SourceFiles
+from flagscale.ckpt_io.sources import Sources
 from flagscale.layout.boxes import Box
 from flagscale.layout.pieces import OPTIMIZER_KINDS, Piece
 from flagscale.optim.findings import Finding, Kind
@@ -68,9 +68,7 @@ class Scanner:
         self._bound = _bound(source)
         self.findings: list[Finding] = []
 
-    def scan(
-        self, files: SourceFiles, name: str, kinds: Mapping[str, list[Piece]]
-    ) -> Iterator[Tensor]:
+    def scan(self, files: Sources, name: str, kinds: Mapping[str, list[Piece]]) -> Iterator[Tensor]:
         """Scan a tensor; yields it if it is trained."""
         held = {kind: copies(pieces) for kind, pieces in kinds.items()}
         numel = Box.whole(self._source.job.tensors[name].shape).numel
@@ -122,9 +120,7 @@ class Scanner:
         if values.denormal >= _GARBAGE_LEAST and values.denormal > _GARBAGE_SHARE * shown:
             add(Kind.DENORMAL, values.denormal, "are denormal: no numbers, by their look")
 
-    def _compare_copies(
-        self, files: SourceFiles, kind: str, name: str, held: Sequence[Copy]
-    ) -> None:
+    def _compare_copies(self, files: Sources, kind: str, name: str, held: Sequence[Copy]) -> None:
         for index, other in enumerate(held[1:], 2):
             differing, compared, places = compare_copies(files, held[0], other)
             if differing:

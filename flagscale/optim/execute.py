@@ -22,12 +22,12 @@ from typing import Final
 from flagscale.ckpt_io.claims import Claims, Task
 from flagscale.ckpt_io.journal import FileRecord, HolePart, Journal, Staging, UnitRecord
 from flagscale.ckpt_io.raw import (
-    SourceFiles,
     StagedFile,
     flush_directory,
     require_room,
     stamp_sources,
 )
+from flagscale.ckpt_io.sources import Sources
 from flagscale.errors import CheckpointError, ConfigError
 from flagscale.optim.gather import BLOCK_BYTES, Gatherer, steps
 from flagscale.optim.plan import CopyItem, ReshardPlan, Unit, cut_file
@@ -315,7 +315,7 @@ class _Run:
 
     def _guarded(self) -> None:
         try:
-            with SourceFiles(self._source) as sources:
+            with Sources(self._source) as sources:
                 try:
                     self._loop(Gatherer(sources))
                 finally:

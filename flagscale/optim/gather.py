@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from flagscale.ckpt_io.raw import SourceFiles
+from flagscale.ckpt_io.sources import Sources
 from flagscale.layout.pieces import DTYPE_BYTES, dense_strides
 from flagscale.optim.plan import CopyItem
 
@@ -72,7 +72,7 @@ class Gatherer:
         sources: Where to read.
     """
 
-    def __init__(self, sources: SourceFiles) -> None:
+    def __init__(self, sources: Sources) -> None:
         self._sources = sources
         self._block = memoryview(bytearray(BLOCK_BYTES))
 
@@ -100,7 +100,7 @@ class Gatherer:
             strides = dense_strides(item.shape, DTYPE_BYTES[item.source_dtype])
         else:
             block = self._scratch(item.source_extent)
-            self._sources.read(item.source, item.source_offset, block)
+            self._sources.read_into(item.source, item.source_offset, block)
             strides = item.source_strides
         source = _view(block, 0, item.shape, strides, item.source_dtype)
         np.copyto(target, _converted(source, item.source_dtype, item.dtype))
@@ -108,7 +108,7 @@ class Gatherer:
     def _read(self, path: str, item: CopyItem, into: memoryview) -> None:
         """Read an item's runs, one after the other, into a dense buffer."""
         if len(into) == item.source_extent:
-            self._sources.read(path, item.source_offset, into)
+            self._sources.read_into(path, item.source_offset, into)
             return
         run = _run_bytes(item)
         starts = np.zeros((), np.int64)
@@ -116,7 +116,7 @@ class Gatherer:
             starts = starts[..., None] + np.arange(count) * step
         for index, start in enumerate(starts.ravel().tolist()):
             part = into[index * run : (index + 1) * run]
-            self._sources.read(path, item.source_offset + start, part)
+            self._sources.read_into(path, item.source_offset + start, part)
 
     def _scratch(self, nbytes: int) -> memoryview:
         if len(self._block) < nbytes:

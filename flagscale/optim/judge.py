@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from flagscale.ckpt_io.raw import SourceFiles
+from flagscale.ckpt_io.sources import Sources
 from flagscale.errors import FlagScaleError
 from flagscale.layout.boxes import Box
 from flagscale.optim.examine import Copy, Tensor
@@ -39,13 +39,13 @@ class Judge:
     """
 
     source: Source
-    files: SourceFiles
+    files: Sources
     weights: Mapping[str, tuple[Copy, ...]]
     mending: Mending | None
     unmended: Mapping[str, Mismatch]
 
     @classmethod
-    def of(cls, source: Source, files: SourceFiles, tensors: Sequence[Tensor]) -> Judge:
+    def of(cls, source: Source, files: Sources, tensors: Sequence[Tensor]) -> Judge:
         """Decide first whether it is #5077 that explains most of what differs."""
         weights = {tensor.name: tensor.copies["weight"] for tensor in tensors}
         differing = {tensor.name for tensor in tensors if tensor.differs}

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from flagscale.ckpt_io.raw import SourceFiles
+from flagscale.ckpt_io.sources import Sources
 from flagscale.layout.boxes import Box
 from flagscale.layout.pieces import DTYPE_BYTES, Piece, Region
 
@@ -69,7 +69,7 @@ def compare(
     grouped: dict[str, list[Piece]] = {}
     for piece in mains:
         grouped.setdefault(piece.tensor.name, []).append(piece)
-    with SourceFiles(directory) as files:
+    with Sources(directory) as files:
         for name, pieces in grouped.items():
             differing = compared = 0
             for main in pieces:
@@ -97,7 +97,7 @@ def sample_rows(box: Box) -> Iterator[Box]:
         yield Box(last, (*ones, size))
 
 
-def read_box(files: SourceFiles, piece: Piece, box: Box) -> Array:
+def read_box(files: Sources, piece: Piece, box: Box) -> Array:
     """The bits of a box of a piece, as unsigned integers of the element's size.
 
     Raises:
@@ -109,7 +109,7 @@ def read_box(files: SourceFiles, piece: Piece, box: Box) -> Array:
         (size - 1) * step for size, step in zip(box.shape, region.strides, strict=True)
     )
     raw = bytearray(extent)
-    files.read(region.file, region.offset, memoryview(raw))
+    files.read_into(region.file, region.offset, memoryview(raw))
     flat = np.frombuffer(raw, dtype=np.uint8)
     return np.ascontiguousarray(
         np.lib.stride_tricks.as_strided(

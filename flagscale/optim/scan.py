@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from flagscale.ckpt_io.raw import SourceFiles
+from flagscale.ckpt_io.sources import Sources
 from flagscale.layout.boxes import Box, flat_boxes
 from flagscale.layout.pieces import Piece
 from flagscale.optim.proof import read_box, rounded_bits
@@ -114,7 +114,7 @@ class Values:
             self.huge += int(np.count_nonzero(size > limit)) - not_finite
 
 
-def scan_values(files: SourceFiles, pieces: Sequence[Piece], kind: str) -> Values:
+def scan_values(files: Sources, pieces: Sequence[Piece], kind: str) -> Values:
     """Count the elements of pieces."""
     values = Values()
     for piece in pieces:
@@ -188,9 +188,7 @@ def _widened(bits: Array, dtype: str) -> Array:
     return bits.view(np.float16 if dtype == "float16" else np.float32).astype(np.float64)
 
 
-def scan_agreement(
-    files: SourceFiles, mains: Sequence[Piece], weights: Sequence[Piece]
-) -> Agreement:
+def scan_agreement(files: Sources, mains: Sequence[Piece], weights: Sequence[Piece]) -> Agreement:
     """Hold a copy of the main copies to a copy of the weights, every element."""
     found = Agreement()
     for main in mains:
@@ -254,7 +252,7 @@ def momentum_bound(beta1: float, beta2: float) -> float:
 
 
 def scan_moments(
-    files: SourceFiles,
+    files: Sources,
     first: Sequence[Piece],
     second: Sequence[Piece],
     *,
@@ -380,7 +378,7 @@ class _ZeroRun:
 
 
 def compare_copies(
-    files: SourceFiles, one: Sequence[Piece], other: Sequence[Piece]
+    files: Sources, one: Sequence[Piece], other: Sequence[Piece]
 ) -> tuple[int, int, set[str]]:
     """Compare two copies bit by bit.
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from flagscale.ckpt_io.raw import SourceFiles
+from flagscale.ckpt_io.sources import Sources
 from flagscale.layout.boxes import Box, flat_boxes
 from flagscale.layout.pieces import Piece
 from flagscale.optim.proof import read_box, rounded_bits
@@ -57,7 +57,7 @@ class Shift:
 
 
 def find_swap(
-    files: SourceFiles, mains: Sequence[Piece], weights: Sequence[Piece], shape: tuple[int, ...]
+    files: Sources, mains: Sequence[Piece], weights: Sequence[Piece], shape: tuple[int, ...]
 ) -> int:
     """Elements of a gated layer that lie in the other half, gate for up; 0 if that is not it.
 
@@ -94,7 +94,7 @@ def find_swap(
 
 
 def find_permutation(
-    files: SourceFiles, mains: Sequence[Piece], weights: Sequence[Piece], shape: tuple[int, ...]
+    files: Sources, mains: Sequence[Piece], weights: Sequence[Piece], shape: tuple[int, ...]
 ) -> Permutation | None:
     """Whether the rows of a main copy are those of the weight, in another order."""
     if len(shape) < 2:
@@ -121,7 +121,7 @@ def _hashes(rows: Array, factors: Array) -> Array:
 
 
 def find_shift(
-    files: SourceFiles,
+    files: Sources,
     main: Piece,
     span: tuple[int, int],
     weights: Sequence[tuple[str, Sequence[Piece], Box]],
@@ -154,9 +154,7 @@ def find_shift(
     return None
 
 
-def _occurrences(
-    files: SourceFiles, pieces: Sequence[Piece], box: Box, window: Array
-) -> Iterator[int]:
+def _occurrences(files: Sources, pieces: Sequence[Piece], box: Box, window: Array) -> Iterator[int]:
     wanted, size = window.tobytes(), window.itemsize
     for start in range(0, box.numel, _BLOCK):
         stop = min(start + _BLOCK + window.size, box.numel)
@@ -170,7 +168,7 @@ def _occurrences(
 
 
 def _matching(
-    files: SourceFiles,
+    files: Sources,
     main: Piece,
     span: tuple[int, int],
     pieces: Sequence[Piece],
@@ -196,7 +194,7 @@ def _row_blocks(shape: tuple[int, ...]) -> Iterator[Box]:
             yield Box((*outer, start, 0), (*(1 for _ in outer), size, shape[-1]))
 
 
-def _read(files: SourceFiles, pieces: Sequence[Piece], box: Box, dtype: str | None = None) -> Array:
+def _read(files: Sources, pieces: Sequence[Piece], box: Box, dtype: str | None = None) -> Array:
     """A box of a tensor as bits; rounded to another type, if one is given."""
     parts = [(common, read_box(files, piece, common)) for piece, common in overlaps(pieces, box)]
     whole = np.zeros(box.shape, parts[0][1].dtype if parts else np.uint32)
@@ -211,7 +209,7 @@ def _read(files: SourceFiles, pieces: Sequence[Piece], box: Box, dtype: str | No
 
 
 def _flat(
-    files: SourceFiles,
+    files: Sources,
     pieces: Sequence[Piece],
     box: Box,
     start: int,

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
-import torch
+from harness.upstream_model import build_chunk, one_rank, transformer_config
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from flagscale.launch.options import OptionTable, known_options
 from flagscale.launch.recipe import argument_values, read_recipe, resolve_recipe
 from flagscale.layout.arguments import model_dims, parallel_layout, uncounted, verify_arguments
 from flagscale.layout.parallel import Coordinates
 from flagscale.layout.parameters import aquila_ffn_hidden_size, count_parameters, count_rank
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import (
-        get_gpt_decoder_block_spec,
-        get_gpt_layer_local_spec,
-    )
-    from megatron.core.transformer import TransformerConfig
 
 AQUILA = Path(__file__).parents[2] / "examples" / "aquila"
 WORLD_SIZE = 64
@@ -47,79 +32,11 @@ def upstream_counts(values: dict[str, Any]) -> list[tuple[int, int]]:
     return [_stage_counts(values, stage) for stage in stages]
 
 
-@contextlib.contextmanager
-def one_rank(values: dict[str, Any], stage: int) -> Iterator[None]:
-    """A rank of a stage, in a job whose other ranks do not exist: enough to build its model."""
-    rank = parallel_layout(values, WORLD_SIZE).rank_of(Coordinates(0, 0, 0, stage))
-    torch.distributed.init_process_group(
-        "fake", store=FakeStore(), rank=rank, world_size=WORLD_SIZE
-    )
-    parallel_state.initialize_model_parallel(
-        values["tensor_model_parallel_size"],
-        values["pipeline_model_parallel_size"],
-        expert_model_parallel_size=values["expert_model_parallel_size"],
-        expert_tensor_parallel_size=values["expert_tensor_parallel_size"],
-        create_gloo_process_groups=False,  # those need the other ranks
-    )
-    try:
-        # Tied embeddings are moved to the device, and a dispatcher wants a stream; there is none.
-        with (
-            mock.patch.object(torch.Tensor, "cuda", lambda tensor: tensor),
-            mock.patch.object(torch.cuda, "Stream"),
-            torch.device("meta"),
-        ):
-            yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
-
-
 def _stage_counts(values: dict[str, Any], stage: int) -> tuple[int, int]:
-    tp_size, pp_size = values["tensor_model_parallel_size"], values["pipeline_model_parallel_size"]
-    bfloat16 = {"params_dtype": torch.bfloat16, "bf16": True, "pipeline_dtype": torch.bfloat16}
-    config = TransformerConfig(
-        **bfloat16,
-        **{
-            name: values[name]
-            for name in (
-                "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size",
-                "kv_channels", "normalization", "add_bias_linear", "add_qkv_bias", "qk_layernorm",
-                "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
-                "moe_shared_expert_gate", "moe_layer_freq", "expert_model_parallel_size",
-                "expert_tensor_parallel_size",
-            )
-        },
-        num_query_groups=values["num_query_groups"] if values["group_query_attention"] else None,
-        num_moe_experts=values["num_experts"],
-        moe_token_dispatcher_type="alltoall",
-        gated_linear_unit=values["swiglu"],
-        activation_func=torch.nn.functional.silu,
-        tensor_model_parallel_size=tp_size,
-        pipeline_model_parallel_size=pp_size,
-        use_cpu_initialization=True,
-        perform_initialization=False,
-        cuda_graph_modules=[],
-        gradient_accumulation_fusion=False,
-    )  # fmt: skip
-    with one_rank(values, stage):
-        if config.num_moe_experts:
-            spec = get_gpt_decoder_block_spec(
-                config, use_transformer_engine=False, normalization=config.normalization
-            )
-        else:
-            spec = get_gpt_layer_local_spec(
-                qk_layernorm=config.qk_layernorm, normalization=config.normalization
-            )
-        model = GPTModel(
-            config,
-            spec,
-            vocab_size=values["padded_vocab_size"],
-            max_sequence_length=values["max_position_embeddings"],
-            pre_process=stage == 0,
-            post_process=stage == pp_size - 1,
-            share_embeddings_and_output_weights=not values["untie_embeddings_and_output_weights"],
-            position_embedding_type=values["position_embedding_type"],
-        )
+    local = {**values, "transformer_impl": "local", "num_virtual_stages_per_pipeline_rank": None}
+    rank = parallel_layout(local, WORLD_SIZE).rank_of(Coordinates(0, 0, 0, stage))
+    with one_rank(local, rank, WORLD_SIZE):
+        model = build_chunk(local, transformer_config(local), 0)
     sizes = {name: param.numel() for name, param in model.named_parameters()}
     assert all(param.device.type == "meta" for param in model.parameters())
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
