@@ -24,7 +24,7 @@ from harness.states import differences, read_fully_reshardable
 from flagscale.layout.boxes import Box
 from flagscale.layout.pieces import Piece
 from flagscale.optim.doctor import diagnose
-from flagscale.optim.findings import Kind
+from flagscale.optim.doctor.findings import Kind
 from flagscale.optim.repair import read_record
 from flagscale.optim.source import Source, open_source
 

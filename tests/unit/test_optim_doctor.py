@@ -27,10 +27,10 @@ from flagscale.layout.boxes import Box
 from flagscale.layout.pieces import Piece
 from flagscale.optim import reshard
 from flagscale.optim.doctor import diagnose
-from flagscale.optim.findings import Diagnosis, Kind
+from flagscale.optim.doctor.findings import Diagnosis, Kind
+from flagscale.optim.doctor.scan import momentum_bound
 from flagscale.optim.mend import subtract
 from flagscale.optim.repair import RECORD, plan_repair
-from flagscale.optim.scan import momentum_bound
 from flagscale.optim.source import open_source
 
 EXAMPLES = int(os.environ.get("RESHARD_EXAMPLES", "12"))

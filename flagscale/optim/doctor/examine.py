@@ -9,9 +9,9 @@ from typing import Any, Final
 from flagscale.ckpt_io.sources import Sources
 from flagscale.layout.boxes import Box
 from flagscale.layout.pieces import OPTIMIZER_KINDS, Piece
-from flagscale.optim.findings import Finding, Kind
-from flagscale.optim.progress_check import param_groups
-from flagscale.optim.scan import (
+from flagscale.optim.doctor.findings import Finding, Kind
+from flagscale.optim.doctor.progress import param_groups
+from flagscale.optim.doctor.scan import (
     Agreement,
     MomentScan,
     Values,

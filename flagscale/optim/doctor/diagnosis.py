@@ -19,13 +19,13 @@ from flagscale.ckpt_io.sources import Sources
 from flagscale.errors import CheckpointError, FlagScaleError
 from flagscale.layout.boxes import Box
 from flagscale.layout.pieces import DTYPE_BYTES, Piece
-from flagscale.optim.examine import Scanner, Tensor
-from flagscale.optim.file_check import check_archives, check_files, check_manifest
-from flagscale.optim.findings import Diagnosis, Finding, Kind
+from flagscale.optim.doctor.examine import Scanner, Tensor
+from flagscale.optim.doctor.files import check_archives, check_files, check_manifest
+from flagscale.optim.doctor.findings import Diagnosis, Finding, Kind
+from flagscale.optim.doctor.judge import Judge
+from flagscale.optim.doctor.progress import check_common
 from flagscale.optim.flat import flat_pieces
-from flagscale.optim.judge import Judge
 from flagscale.optim.order import candidates
-from flagscale.optim.progress_check import check_common
 from flagscale.optim.proof import compare
 from flagscale.optim.repair import RECORD, read_record
 from flagscale.optim.source import Source, open_source

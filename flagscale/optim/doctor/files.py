@@ -16,7 +16,7 @@ from flagscale.ckpt_io.sources import Sources
 from flagscale.ckpt_io.torch_dist import METADATA_FILE, read_metadata
 from flagscale.errors import CheckpointError, FlagScaleError
 from flagscale.layout.pieces import Piece
-from flagscale.optim.findings import Finding, Kind
+from flagscale.optim.doctor.findings import Finding, Kind
 from flagscale.optim.job import Job
 
 __all__ = ["check_archives", "check_files", "check_manifest"]

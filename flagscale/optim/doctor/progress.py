@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flagscale.optim.findings import Finding, Kind
+from flagscale.optim.doctor.findings import Finding, Kind
 from flagscale.optim.source import Source
 
 __all__ = ["check_common", "param_groups"]

@@ -14,8 +14,8 @@ import numpy as np
 from flagscale.ckpt_io.sources import Sources
 from flagscale.layout.boxes import Box, flat_boxes
 from flagscale.layout.pieces import Piece
+from flagscale.optim.doctor.scan import overlaps
 from flagscale.optim.proof import read_box, rounded_bits
-from flagscale.optim.scan import overlaps
 
 __all__ = ["Permutation", "Shift", "find_permutation", "find_shift", "find_swap"]
 

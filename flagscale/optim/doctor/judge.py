@@ -9,15 +9,15 @@ from typing import Final
 from flagscale.ckpt_io.sources import Sources
 from flagscale.errors import FlagScaleError
 from flagscale.layout.boxes import Box
-from flagscale.optim.examine import Copy, Tensor
-from flagscale.optim.findings import Finding, Kind
+from flagscale.optim.doctor.examine import Copy, Tensor
+from flagscale.optim.doctor.findings import Finding, Kind
+from flagscale.optim.doctor.progress import param_groups
+from flagscale.optim.doctor.scan import Agreement, MomentScan
+from flagscale.optim.doctor.suspects import Shift, find_permutation, find_shift, find_swap
 from flagscale.optim.mend import Mending, Slice, mendings
-from flagscale.optim.progress_check import param_groups
 from flagscale.optim.proof import Mismatch
 from flagscale.optim.repair import prove
-from flagscale.optim.scan import Agreement, MomentScan
 from flagscale.optim.source import Source
-from flagscale.optim.suspects import Shift, find_permutation, find_shift, find_swap
 
 __all__ = ["Judge"]
 
