@@ -34,7 +34,7 @@ def subjects(scratch: Path) -> list[tuple[Path, Callable[[Path], None]]]:
 
     from flagscale.optim import doctor, reshard
     from flagscale.optim.carry import Request
-    from flagscale.optim.source import open_source
+    from flagscale.optim.opening import open_source
 
     def plan(load_dir: Path) -> None:
         doctor.diagnose(load_dir)

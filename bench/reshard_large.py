@@ -38,7 +38,7 @@ from harness.synthetic import FORMS, Synthetic  # noqa: E402
 from flagscale.layout.model import LayerSpec  # noqa: E402
 from flagscale.optim import reshard  # noqa: E402
 from flagscale.optim.carry import Request  # noqa: E402
-from flagscale.optim.source import open_source  # noqa: E402
+from flagscale.optim.opening import open_source  # noqa: E402
 
 AQUILA_34B = {
     "num_layers": 60,

@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _reshard(arguments: argparse.Namespace) -> int:
     from flagscale.optim import reshard
     from flagscale.optim.carry import Request
-    from flagscale.optim.source import open_source
+    from flagscale.optim.opening import open_source
 
     source = open_source(arguments.load_dir, arguments.iteration)
     request = Request(**{name: getattr(arguments, name) for name in Request.__annotations__})
@@ -126,8 +126,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _repair(arguments: argparse.Namespace) -> int:
     from flagscale.optim.carry import Request
+    from flagscale.optim.opening import open_source
     from flagscale.optim.repair import plan_repair
-    from flagscale.optim.source import open_source
 
     if any(getattr(arguments, name) for name in Request.__annotations__):
         raise ConfigError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 from zlib import crc32
 
@@ -34,6 +35,7 @@ __all__ = [
     "LOCATOR",
     "Archive",
     "Record",
+    "load_tree",
     "open_archive",
     "read_tensor",
     "read_tree",
@@ -286,3 +288,23 @@ def read_tensor(sources: Sources, stored: StoredTensor) -> torch.Tensor:
     flat = torch.frombuffer(raw, dtype=dtype)
     strides = [step // itemsize for step in stored.strides]
     return flat.as_strided(stored.shape, strides).clone(memory_format=torch.contiguous_format)
+
+
+def load_tree(directory: Path, tree: Any) -> Any:
+    """A small tree with its tensors loaded.
+
+    Args:
+        directory: That the tensors' files are relative to.
+        tree: As it was read, with :class:`StoredTensor` for its tensors.
+
+    Raises:
+        CheckpointError: A file ends before a tensor does.
+    """
+    if isinstance(tree, StoredTensor):
+        with Sources(directory) as sources:
+            return read_tensor(sources, tree)
+    if isinstance(tree, dict):
+        return type(tree)((key, load_tree(directory, value)) for key, value in tree.items())
+    if type(tree) in (list, tuple):
+        return type(tree)(load_tree(directory, value) for value in tree)
+    return tree

@@ -25,8 +25,9 @@ from flagscale.layout.boxes import Box
 from flagscale.layout.pieces import Piece
 from flagscale.optim.doctor import diagnose
 from flagscale.optim.doctor.findings import Kind
+from flagscale.optim.opening import open_source
 from flagscale.optim.repair import read_record
-from flagscale.optim.source import Source, open_source
+from flagscale.optim.source import Source
 
 _SOURCE = SOURCES["buckets-dp3"]
 _ITERATION = f"iter_{STOPPED_AT:07d}"

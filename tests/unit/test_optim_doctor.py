@@ -30,8 +30,8 @@ from flagscale.optim.doctor import diagnose
 from flagscale.optim.doctor.findings import Diagnosis, Kind
 from flagscale.optim.doctor.scan import momentum_bound
 from flagscale.optim.mend import subtract
+from flagscale.optim.opening import open_source
 from flagscale.optim.repair import RECORD, plan_repair
-from flagscale.optim.source import open_source
 
 EXAMPLES = int(os.environ.get("RESHARD_EXAMPLES", "12"))
 

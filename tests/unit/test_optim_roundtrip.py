@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from flagscale.layout.model import LayerSpec
 from flagscale.optim import reshard
 from flagscale.optim.carry import Request
-from flagscale.optim.source import open_source
+from flagscale.optim.opening import open_source
 
 EXAMPLES = int(os.environ.get("RESHARD_EXAMPLES", "25"))
 DP_SIZES = (1, 3, 5, 6, 8, 20, 40)

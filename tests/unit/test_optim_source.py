@@ -20,8 +20,9 @@ from flagscale.ckpt_io.buffer_map import BUFFER_MAP_DIR
 from flagscale.errors import CheckpointError
 from flagscale.layout.model import LayerSpec, LocalParam
 from flagscale.layout.pieces import OPTIMIZER_KINDS
+from flagscale.optim.opening import open_source
 from flagscale.optim.proof import compare
-from flagscale.optim.source import Source, open_source
+from flagscale.optim.source import Source
 
 SPECS: tuple[LayerSpec, ...] = ("local", "transformer_engine")
 FLAT = ("legacy", "dp_reshardable")

@@ -17,8 +17,8 @@ from flagscale.ckpt_io import legacy, torch_dist
 from flagscale.errors import CheckpointError, ConfigError
 from flagscale.optim import reshard, target
 from flagscale.optim.carry import Request
+from flagscale.optim.opening import open_source
 from flagscale.optim.reshard import Reshard
-from flagscale.optim.source import open_source
 
 SMALL = {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 12, "kv_channels": 2}
 PAIRS = [*zip(FORMS, [*FORMS[1:], FORMS[0]], strict=True), ("legacy", "fully_reshardable")]

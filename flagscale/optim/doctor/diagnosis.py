@@ -25,10 +25,11 @@ from flagscale.optim.doctor.findings import Diagnosis, Finding, Kind
 from flagscale.optim.doctor.judge import Judge
 from flagscale.optim.doctor.progress import check_common
 from flagscale.optim.flat import flat_pieces
+from flagscale.optim.opening import open_source
 from flagscale.optim.order import candidates
 from flagscale.optim.proof import compare
 from flagscale.optim.repair import RECORD, read_record
-from flagscale.optim.source import Source, open_source
+from flagscale.optim.source import Source
 
 __all__ = ["diagnose"]
 
