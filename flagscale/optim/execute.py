@@ -124,7 +124,7 @@ def execute_plan(
                 run.units,
             )
     except CheckpointError:
-        if staging.is_published() and not staging.root.exists():  # by another, under our hands
+        if staging.is_published():  # by another, who takes the staging directory from under us
             return Execution(staging, {}, {})
         raise
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from hypothesis import strategies as st
 
 from flagscale.ckpt_io import raw
 from flagscale.ckpt_io.claims import Task
+from flagscale.ckpt_io.journal import Journal, Staging
 from flagscale.ckpt_io.output import Hole, OutputFile
 from flagscale.ckpt_io.publish import TRACKER, publish
 from flagscale.ckpt_io.readback import read_back_holes
@@ -616,6 +618,31 @@ def test_a_late_task_finds_the_work_done(large: Case, tmp_path: Path) -> None:
     assert not publish(late.staging, 7, dict(late.digests))
     with pytest.raises(CheckpointError, match="exists already"):
         execute_plan(plan, tmp_path / "source", destination)
+
+
+def test_another_task_publishes_under_our_hands(
+    large: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is seen in the middle: the output is there, the staging directory not yet all gone."""
+    large.write_sources(tmp_path / "source")
+    plan, destination = plan_of(large, 1 << 20), tmp_path / "new" / "iter_7"
+    allocate = execute._allocate
+
+    def overtaken(plan: ReshardPlan, staging: Staging, journal: Journal) -> None:
+        with monkeypatch.context() as other:
+            other.setattr(execute, "_allocate", allocate)
+            other.setattr(Staging, "remove", lambda self: shutil.rmtree(self.journal))
+            task = Task(1, 2)
+            faster = execute_plan(plan, tmp_path / "source", destination, task=task)
+            assert publish(faster.staging, 7, dict(faster.digests))
+        assert staging.root.exists()
+        allocate(plan, staging, journal)
+
+    monkeypatch.setattr(execute, "_allocate", overtaken)
+    ours = execute_plan(plan, tmp_path / "source", destination, task=Task(0, 2))
+    assert not publish(ours.staging, 7, dict(ours.digests))
+    assert not ours.staging.root.exists()
+    assert (destination.parent / TRACKER).read_text() == "7"
 
 
 @pytest.mark.parametrize("workers", [1, 2, 8])
