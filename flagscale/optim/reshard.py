@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from flagscale.ckpt_copy.execute import execute_plan
+from flagscale.ckpt_copy.plan import CopyPlan, Unit, plan_copy
+from flagscale.ckpt_copy.verify import verify_plan
 from flagscale.ckpt_io.claims import Task
 from flagscale.ckpt_io.manifest import verify_manifest, write_manifest
 from flagscale.ckpt_io.publish import publish
@@ -17,12 +20,9 @@ from flagscale.ckpt_io.readback import read_back_holes
 from flagscale.errors import CheckpointError
 from flagscale.layout.pieces import Piece, TensorKey
 from flagscale.optim.carry import Request
-from flagscale.optim.execute import execute_plan
-from flagscale.optim.plan import ReshardPlan, Unit, plan_reshard
 from flagscale.optim.proof import compare
 from flagscale.optim.source import Source, damage_named
 from flagscale.optim.target import CkptFormat, OptimFormat, Target, plan_target
-from flagscale.optim.verify import verify_plan
 
 __all__ = ["Outcome", "Reshard", "fill", "measure_speed", "plan", "run"]
 
@@ -43,7 +43,7 @@ class Reshard:
 
     source: Source
     target: Target
-    plan: ReshardPlan
+    plan: CopyPlan
     bytes_read: int
 
 
@@ -117,7 +117,7 @@ def fill(
     Raises:
         CheckpointError: The plan would not write every element exactly once.
     """
-    made = plan_reshard(
+    made = plan_copy(
         pieces,
         target.files,
         target.pieces,

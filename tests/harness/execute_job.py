@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from flagscale.ckpt_copy import execute
+from flagscale.ckpt_copy.plan import plan_copy
 from flagscale.ckpt_io.publish import publish
-from flagscale.optim import execute
-from flagscale.optim.plan import plan_reshard
 
 
 def main() -> None:
     job, source, destination, log = map(Path, sys.argv[1:])
     sources, files, targets, unit_bytes, workers = pickle.loads(job.read_bytes())
-    plan = plan_reshard(sources, files, targets, unit_bytes=unit_bytes)
+    plan = plan_copy(sources, files, targets, unit_bytes=unit_bytes)
     begun = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     make = execute._Run._make
 

@@ -19,6 +19,9 @@ from mmap import PAGESIZE, mmap
 from pathlib import Path
 from typing import Final
 
+from flagscale.ckpt_copy.gather import BLOCK_BYTES, Gatherer, steps
+from flagscale.ckpt_copy.plan import CopyItem, CopyPlan, Unit, cut_file
+from flagscale.ckpt_copy.stream import FileDigest, FileParts, HoleChecksums, PartChecksums
 from flagscale.ckpt_io.claims import Claims, Task
 from flagscale.ckpt_io.journal import FileRecord, HolePart, Journal, Staging, UnitRecord
 from flagscale.ckpt_io.raw import (
@@ -29,9 +32,6 @@ from flagscale.ckpt_io.raw import (
 )
 from flagscale.ckpt_io.sources import Sources
 from flagscale.errors import CheckpointError, ConfigError
-from flagscale.optim.gather import BLOCK_BYTES, Gatherer, steps
-from flagscale.optim.plan import CopyItem, ReshardPlan, Unit, cut_file
-from flagscale.optim.stream import FileDigest, FileParts, HoleChecksums, PartChecksums
 
 __all__ = ["Execution", "execute_plan"]
 
@@ -62,7 +62,7 @@ class Execution:
 
 
 def execute_plan(
-    plan: ReshardPlan,
+    plan: CopyPlan,
     source: Path,
     destination: Path,
     *,
@@ -133,7 +133,7 @@ def execute_plan(
         ) from None
 
 
-def _affordable(plan: ReshardPlan, workers: int, max_memory: int) -> tuple[int, int]:
+def _affordable(plan: CopyPlan, workers: int, max_memory: int) -> tuple[int, int]:
     """How many workers fit in memory, and how many units; two for each worker are of use."""
     if workers < 1:
         raise ConfigError("no workers", expected="at least 1", got=workers)
@@ -150,11 +150,11 @@ def _affordable(plan: ReshardPlan, workers: int, max_memory: int) -> tuple[int, 
     )
 
 
-def _buffer_bytes(plan: ReshardPlan) -> int:
+def _buffer_bytes(plan: CopyPlan) -> int:
     return max(1, min(plan.unit_bytes, max((file.size for file in plan.files), default=0)))
 
 
-def _allocate(plan: ReshardPlan, staging: Staging, journal: Journal) -> None:
+def _allocate(plan: CopyPlan, staging: Staging, journal: Journal) -> None:
     """Make all files at their full size, so that a full disk shows before any work."""
     needed = 0
     for index, file in enumerate(plan.files):
@@ -183,7 +183,7 @@ class _Stopped(Exception):  # noqa: N818
 class _Output:
     """An output file that this process has claimed."""
 
-    def __init__(self, plan: ReshardPlan, index: int, staging: Staging, journal: Journal) -> None:
+    def __init__(self, plan: CopyPlan, index: int, staging: Staging, journal: Journal) -> None:
         file = plan.files[index]
         self.index = index
         self.size = file.size
@@ -249,7 +249,7 @@ class _Run:
 
     def __init__(
         self,
-        plan: ReshardPlan,
+        plan: CopyPlan,
         source: Path,
         staging: Staging,
         journal: Journal,

@@ -12,9 +12,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from flagscale.ckpt_copy.plan import CopyItem
 from flagscale.ckpt_io.sources import Sources
 from flagscale.layout.pieces import DTYPE_BYTES, dense_strides
-from flagscale.optim.plan import CopyItem
 
 __all__ = ["BLOCK_BYTES", "Gatherer", "steps"]
 

@@ -13,17 +13,17 @@ from harness.regions import Case, draw_case, strides_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from flagscale.ckpt_copy.plan import CopyItem, CopyPlan, Unit, plan_copy
+from flagscale.ckpt_copy.verify import _overlaps, _Region, verify_plan
 from flagscale.ckpt_io.output import Hole, OutputFile
 from flagscale.layout.boxes import Box
 from flagscale.layout.pieces import Piece, Region, TensorKey
-from flagscale.optim.plan import CopyItem, ReshardPlan, Unit, plan_reshard
-from flagscale.optim.verify import _overlaps, _Region, verify_plan
 
 W = TensorKey("param", "w")
 
 
-def plan_of(case: Case, unit_bytes: int = 96) -> ReshardPlan:
-    return plan_reshard(case.sources, case.files, case.targets, unit_bytes=unit_bytes)
+def plan_of(case: Case, unit_bytes: int = 96) -> CopyPlan:
+    return plan_copy(case.sources, case.files, case.targets, unit_bytes=unit_bytes)
 
 
 @settings(max_examples=150, deadline=None)
@@ -114,7 +114,7 @@ def test_one_half_twice_is_not_both_halves() -> None:
     sources = [
         Piece(W, Box((row, 0), (2, 3)), "float32", Region(f"{row}", 0, (12, 4))) for row in (0, 2)
     ]
-    plan = plan_reshard(sources, [file], [target])
+    plan = plan_copy(sources, [file], [target])
     (unit,) = plan.units(0)
     twice = replace(unit, items=(unit.items[0], unit.items[0]))
     sizes = {"0": 24, "2": 24}
@@ -146,7 +146,7 @@ def test_what_has_no_source_is_named_and_counted() -> None:
     file = OutputFile("out", 72, (), (Hole(0, 72, "float32", (6, 3)),))
     target = Piece(W, Box.whole((6, 3)), "float32", Region("out", 0, (12, 4)))
     source = Piece(W, Box((0, 0), (4, 3)), "float32", Region("a", 0, (12, 4)))
-    problems = verify_plan(plan_reshard([source], [file], [target]), {"a": 48})
+    problems = verify_plan(plan_copy([source], [file], [target]), {"a": 48})
     assert [str(problem) for problem in problems if "source" in problem.what] == [
         "out: param w: 6 of 18 elements have no source, the first at (4, 0), (2, 3)"
     ]
@@ -176,8 +176,8 @@ def test_a_broken_file_is_found(change: dict[str, object], what: str) -> None:
     pieces = [
         Piece(W, Box.whole((4, 3)), "float32", Region(name, 0, (12, 4))) for name in ("a", "out")
     ]
-    assert verify_plan(plan_reshard(pieces[:1], [file], pieces[1:]), {"a": 48}) == []
-    plan = plan_reshard(pieces[:1], [replace(file, **change)], pieces[1:])
+    assert verify_plan(plan_copy(pieces[:1], [file], pieces[1:]), {"a": 48}) == []
+    plan = plan_copy(pieces[:1], [replace(file, **change)], pieces[1:])
     text = "\n".join(map(str, verify_plan(plan, {"a": 48})))
     assert any(part in text for part in what.split("|")), text
 
@@ -226,5 +226,5 @@ def test_interleaved_columns_are_not_compared_in_pairs() -> None:
         for index, piece in enumerate(sources)
     ]
     begin = time.process_time()
-    assert verify_plan(plan_reshard(sources, [file], [target]), {"a": rows * columns * 4}) == []
+    assert verify_plan(plan_copy(sources, [file], [target]), {"a": rows * columns * 4}) == []
     assert time.process_time() - begin < 20

@@ -13,17 +13,17 @@ from harness.regions import Case, apply_items, draw_case, strides_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flagscale.ckpt_copy.plan import CopyPlan, cut_file, plan_copy
 from flagscale.ckpt_io.output import Hole, OutputFile
 from flagscale.errors import ConfigError
 from flagscale.layout.boxes import Box, flat_boxes
 from flagscale.layout.pieces import Piece, Region, TensorKey
-from flagscale.optim.plan import ReshardPlan, cut_file, plan_reshard
 
 W = TensorKey("param", "w")
 
 
-def plan_of(case: Case, unit_bytes: int = 96, **options: object) -> ReshardPlan:
-    return plan_reshard(case.sources, case.files, case.targets, unit_bytes=unit_bytes, **options)
+def plan_of(case: Case, unit_bytes: int = 96, **options: object) -> CopyPlan:
+    return plan_copy(case.sources, case.files, case.targets, unit_bytes=unit_bytes, **options)
 
 
 @settings(max_examples=150, deadline=None)
@@ -82,16 +82,16 @@ def test_every_input_changes_the_fingerprint() -> None:
     other = replace(literal, literals=((file.size, b"abce"),))
     crc = replace(literal, holes=(replace(file.holes[0], crc_offsets=(96,)),))
     plans = [
-        plan_reshard([source], [file], [target]),
-        plan_reshard([moved], [file], [target]),
-        plan_reshard([source, moved], [file], [target]),
-        plan_reshard([source], [literal], [target]),
-        plan_reshard([source], [other], [target]),
-        plan_reshard([source], [crc], [target]),
-        plan_reshard([source], [file], [target, target]),
-        plan_reshard([source], [file], [target], unit_bytes=4096),
-        plan_reshard([source], [file], [target], zero_fill=[W]),
-        plan_reshard([source], [file], [target], conversions=[("float32", "bfloat16")]),
+        plan_copy([source], [file], [target]),
+        plan_copy([moved], [file], [target]),
+        plan_copy([source, moved], [file], [target]),
+        plan_copy([source], [literal], [target]),
+        plan_copy([source], [other], [target]),
+        plan_copy([source], [crc], [target]),
+        plan_copy([source], [file], [target, target]),
+        plan_copy([source], [file], [target], unit_bytes=4096),
+        plan_copy([source], [file], [target], zero_fill=[W]),
+        plan_copy([source], [file], [target], conversions=[("float32", "bfloat16")]),
     ]
     assert len({plan.fingerprint for plan in plans}) == len(plans)
 
@@ -133,7 +133,7 @@ def test_shards_of_a_flat_buffer_become_one_run_each() -> None:
             region = Region(f"{shard}", offset, strides_of(box.shape, 4))
             sources.append(Piece(W, box, "float32", region))
             offset += box.numel * 4
-    plan = plan_reshard(sources, [one_file(shape)], [whole(shape, "out")])
+    plan = plan_copy(sources, [one_file(shape)], [whole(shape, "out")])
     (unit,) = plan.units(0)
     assert len(sources) > shards
     assert [item.shape for item in unit.items] == [
@@ -148,7 +148,7 @@ def test_columns_stay_one_item_each() -> None:
         Piece(W, Box((0, rank * part), (32, part)), "float32", Region(f"{rank}", 0, (part * 4, 4)))
         for rank in range(ranks)
     ]
-    (unit,) = plan_reshard(sources, [one_file(shape)], [whole(shape, "out")]).units(0)
+    (unit,) = plan_copy(sources, [one_file(shape)], [whole(shape, "out")]).units(0)
     assert [(item.shape, item.strides) for item in unit.items] == [((32, part), (256, 4))] * ranks
 
 
@@ -161,7 +161,7 @@ def test_columns_stay_one_item_each() -> None:
 )
 def test_wrong_arguments(options: dict[str, object], what: str) -> None:
     with pytest.raises(ConfigError, match=what):
-        plan_reshard([], [], [], **options)
+        plan_copy([], [], [], **options)
 
 
 def test_many_pieces_take_seconds() -> None:
@@ -185,7 +185,7 @@ def test_many_pieces_take_seconds() -> None:
         box = Box((0, rank * part), (rows, part))
         targets.append(Piece(W, box, "float32", Region(name, 0, (part * 4, 4))))
     begin = time.process_time()
-    plan = plan_reshard(sources, files, targets)
+    plan = plan_copy(sources, files, targets)
     numbers = [
         sum(item.numel for unit in plan.units(index) for item in unit.items)
         for index in range(tp_size)

@@ -24,7 +24,7 @@ from flagscale.errors import ConfigError
 from flagscale.layout.boxes import Box
 from flagscale.layout.pieces import DTYPE_BYTES, Piece, TensorKey
 
-__all__ = ["CONVERSIONS", "CopyItem", "Gap", "ReshardPlan", "Unit", "cut_file", "plan_reshard"]
+__all__ = ["CONVERSIONS", "CopyItem", "CopyPlan", "Gap", "Unit", "cut_file", "plan_copy"]
 
 CONVERSIONS: Final = frozenset(
     {
@@ -147,7 +147,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class ReshardPlan:
+class CopyPlan:
     """Source pieces, output files and target pieces, and how to get from one to the other.
 
     Args:
@@ -220,7 +220,7 @@ class ReshardPlan:
         return items, [Gap(target.tensor, box) for box in missing]
 
 
-def plan_reshard(
+def plan_copy(
     sources: Iterable[Piece],
     files: Sequence[OutputFile],
     targets: Iterable[Piece],
@@ -228,7 +228,7 @@ def plan_reshard(
     unit_bytes: int = 16 << 20,
     conversions: Collection[tuple[str, str]] = (),
     zero_fill: Collection[TensorKey] = (),
-) -> ReshardPlan:
+) -> CopyPlan:
     """Plan how to fill the holes of the output files.
 
     Args:
@@ -256,7 +256,7 @@ def plan_reshard(
     for piece in targets:
         if piece.box.numel:
             by_file.setdefault(piece.region.file, []).append(piece)
-    plan = ReshardPlan(
+    plan = CopyPlan(
         sources,
         files,
         targets,
@@ -473,7 +473,7 @@ def _extent(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> int:
     return sum((count - 1) * step for count, step in zip(shape, strides, strict=True)) + size
 
 
-def _fingerprint(plan: ReshardPlan) -> str:
+def _fingerprint(plan: CopyPlan) -> str:
     digest = hashlib.sha256()
 
     def add(*values: object) -> None:

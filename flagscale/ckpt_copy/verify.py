@@ -15,9 +15,9 @@ from itertools import accumulate, pairwise
 from math import prod
 from typing import Final
 
+from flagscale.ckpt_copy.plan import CopyItem, CopyPlan, Unit
 from flagscale.ckpt_io.output import Hole, OutputFile
 from flagscale.layout.pieces import DTYPE_BYTES, Piece, TensorKey
-from flagscale.optim.plan import CopyItem, ReshardPlan, Unit
 
 __all__ = ["Problem", "verify_plan"]
 
@@ -42,7 +42,7 @@ class Problem:
 
 
 def verify_plan(
-    plan: ReshardPlan,
+    plan: CopyPlan,
     source_sizes: Mapping[str, int],
     units: Callable[[int], Iterable[Unit]] | None = None,
 ) -> list[Problem]:
@@ -109,7 +109,7 @@ class _FileCheck:
     """The units of one output file, one after the other."""
 
     def __init__(
-        self, plan: ReshardPlan, index: int, source_sizes: Mapping[str, int], places: _Places
+        self, plan: CopyPlan, index: int, source_sizes: Mapping[str, int], places: _Places
     ) -> None:
         self._plan = plan
         self._file = plan.files[index]
@@ -354,7 +354,7 @@ def _bands(region: _Region, base: int, step: int) -> Iterator[tuple[int, int, _R
 class _Places:
     """Which element of its tensor lies at a byte of a file, from the pieces alone."""
 
-    def __init__(self, plan: ReshardPlan) -> None:
+    def __init__(self, plan: CopyPlan) -> None:
         self._plan = plan
         self._index: dict[tuple[bool, str, TensorKey], _Extents] = {}
         for is_source, pieces in ((True, plan.sources), (False, plan.targets)):

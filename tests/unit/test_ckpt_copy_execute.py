@@ -31,6 +31,10 @@ from harness.regions import Case, draw_case, strides_of
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from flagscale.ckpt_copy import execute, gather
+from flagscale.ckpt_copy.execute import Execution, execute_plan
+from flagscale.ckpt_copy.plan import CopyPlan, plan_copy
+from flagscale.ckpt_copy.verify import verify_plan
 from flagscale.ckpt_io import raw
 from flagscale.ckpt_io.claims import Task
 from flagscale.ckpt_io.journal import Journal, Staging
@@ -40,16 +44,12 @@ from flagscale.ckpt_io.readback import read_back_holes
 from flagscale.errors import CheckpointError, ConfigError
 from flagscale.layout.boxes import Box, flat_boxes
 from flagscale.layout.pieces import Piece, Region, TensorKey
-from flagscale.optim import execute, gather
-from flagscale.optim.execute import Execution, execute_plan
-from flagscale.optim.plan import ReshardPlan, plan_reshard
-from flagscale.optim.verify import verify_plan
 
 W = TensorKey("param", "decoder.layers.0.mlp.linear_fc2.weight")
 
 
-def plan_of(case: Case, unit_bytes: int, **options: Any) -> ReshardPlan:
-    plan = plan_reshard(case.sources, case.files, case.targets, unit_bytes=unit_bytes, **options)
+def plan_of(case: Case, unit_bytes: int, **options: Any) -> CopyPlan:
+    plan = plan_copy(case.sources, case.files, case.targets, unit_bytes=unit_bytes, **options)
     assert verify_plan(plan, case.source_sizes) == []
     return plan
 
@@ -238,7 +238,7 @@ def test_conversions_are_those_of_torch(
         [Piece(W, Box.whole(shape), target, Region("out", 0, strides_of(shape, size)))],
         {"out": wanted.reshape(-1).view(torch.uint8).numpy().tobytes()},
     )
-    unlisted = plan_reshard(case.sources, case.files, case.targets)
+    unlisted = plan_copy(case.sources, case.files, case.targets)
     assert any(target in problem.what for problem in verify_plan(unlisted, case.source_sizes))
     plan = plan_of(case, 4096, conversions=[(source, target)])
     execution = execute_plan(plan, tmp_path, tmp_path / "new")
@@ -628,7 +628,7 @@ def test_another_task_publishes_under_our_hands(
     plan, destination = plan_of(large, 1 << 20), tmp_path / "new" / "iter_7"
     allocate = execute._allocate
 
-    def overtaken(plan: ReshardPlan, staging: Staging, journal: Journal) -> None:
+    def overtaken(plan: CopyPlan, staging: Staging, journal: Journal) -> None:
         with monkeypatch.context() as other:
             other.setattr(execute, "_allocate", allocate)
             other.setattr(Staging, "remove", lambda self: shutil.rmtree(self.journal))

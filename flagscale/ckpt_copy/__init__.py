@@ -1,0 +1,1 @@
+"""Copying tensors between checkpoint files: a pure plan, its verification, its execution."""
