@@ -12,8 +12,10 @@ Source: torch 2.14, ``distributed/checkpoint/{metadata,filesystem}.py``; megatro
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,8 +28,8 @@ from flagscale.ckpt_io.sources import Sources
 from flagscale.ckpt_io.unpickle import unpickle
 from flagscale.ckpt_io.values import Foreign, StoredTensor
 from flagscale.errors import CheckpointError
-from flagscale.layout.boxes import Box
-from flagscale.layout.pieces import DTYPE_BYTES
+from flagscale.layout.boxes import Box, flat_boxes
+from flagscale.layout.pieces import DTYPE_BYTES, dense_strides
 
 __all__ = [
     "COMMON_STATE",
@@ -102,7 +104,8 @@ class TorchDistCheckpoint:
         tensors: By key, as stored: layers may be stacked on the first axis.
         objects: By key; the common state is not among them.
         common: The common state, with :class:`StoredTensor` for its tensors.
-        mcore_data: What megatron-core before 0.14 says of tensors it reshaped; mostly empty.
+        mcore_data: What megatron-core before 0.16 says of tensors it stored in another shape, which
+            ``tensors`` has in their own; mostly empty.
     """
 
     directory: Path
@@ -150,6 +153,7 @@ def read(directory: Path) -> TorchDistCheckpoint:
         table = read_metadata(sources)
         chunks, where = _Chunks(sources, table), f"{directory}/{METADATA_FILE}"
         tensors = {key: _tensor(where, chunks, key, *entry) for key, entry in table.tensors.items()}
+        tensors |= dict(_restored(where, table.mcore_data, tensors))
         objects = {
             key: _entry(sources, key, _place(sources, table, key, None)) for key in table.objects
         }
@@ -253,6 +257,59 @@ def _tensor(
         )
     found = tuple((box, chunks.read(key, dtype, box)) for box in boxes if box.numel)
     return TensorEntry(shape, dtype, found)
+
+
+def _restored(
+    where: str, mcore_data: Mapping[str, Any], tensors: Mapping[str, TensorEntry]
+) -> Iterator[tuple[str, TensorEntry]]:
+    """Tensors in their own shape, of which each rank stored a range of its flattened part.
+
+    A tensor of shape [X, Y] in parts of [x, y] lies there as [X / x, Y / y, x * y].
+
+    Source: megatron-core 0.14.0, core/dist_checkpointing/strategies/torch.py.
+    """
+    for key, told in mcore_data.items():
+        if not isinstance(told, dict) or "nd_reformulated_orig_global_shape" not in told:
+            continue
+        try:
+            shape = _shape(told["nd_reformulated_orig_global_shape"])
+            entry = tensors[key]
+            grid, numel = entry.shape[:-1], entry.shape[-1]
+            part = tuple(size // count for size, count in zip(shape, grid, strict=True))
+            if prod(part) != numel or any(s % count for s, count in zip(shape, grid, strict=True)):
+                raise ValueError(f"{entry.shape} for {shape}")
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                "a tensor does not have the shape in which it is said to be stored",
+                where=f"{where}, {key}",
+                expected="the number of parts along each dimension, and the size of a part",
+                got=f"{type(error).__name__}: {error}"[:300],
+            ) from error
+        chunks = tuple(
+            chunk for box, stored in entry.chunks for chunk in _unflattened(box, stored, part)
+        )
+        yield key, TensorEntry(shape, entry.dtype, chunks)
+
+
+def _unflattened(
+    box: Box, stored: StoredTensor, part: tuple[int, ...]
+) -> Iterator[tuple[Box, StoredTensor]]:
+    itemsize = DTYPE_BYTES[stored.dtype]
+    first, numel = box.offset[-1], box.shape[-1]
+    for place in product(*map(range, box.shape[:-1])):
+        steps = zip(place, stored.strides[:-1], strict=True)
+        offset = stored.offset + sum(index * step for index, step in steps)
+        corner = tuple(
+            (start + index) * size
+            for start, index, size in zip(box.offset[:-1], place, part, strict=True)
+        )
+        for inner in flat_boxes(part, first, first + numel):
+            strides = dense_strides(inner.shape, itemsize)
+            yield (
+                inner.shifted(corner),
+                replace(stored, offset=offset, shape=inner.shape, strides=strides),
+            )
+            offset += inner.numel * itemsize
 
 
 class _Chunks:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import pickle
 import random
@@ -19,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from harness.checkpoint import read_tensors
 from harness.mutate import mutate, read_everything, write_small_checkpoints
 from harness.outputs import write_outputs
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
@@ -217,7 +219,7 @@ def test_old_and_odd_metadata(damaged: Path) -> None:
     """What other releases leave out or add."""
     metadata = pickle.loads((damaged / ".metadata").read_bytes())
     del metadata.version, metadata.storage_meta
-    metadata.mcore_data = {"a": {"nd_reformulated_orig_global_shape": (3, 4)}}
+    metadata.mcore_data = {"a": {"told by another release": 3}}
     metadata.all_local_plans = []
     (damaged / ".metadata").write_bytes(pickle.dumps(metadata, 2))
     config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
@@ -225,6 +227,43 @@ def test_old_and_odd_metadata(damaged: Path) -> None:
     (damaged / "metadata.json").write_text(json.dumps(config))
     assert _same(_tensors(damaged), _WANT)
     assert torch_dist.read(damaged).mcore_data == metadata.mcore_data
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=4),
+    st.randoms(use_true_random=False),
+)
+def test_flattened_parts_of_old_releases(
+    tmp_path_factory: pytest.TempPathFactory,
+    dims: list[tuple[int, int]],
+    rng: random.Random,
+) -> None:
+    """Each data-parallel rank stored a range of each tensor rank's part, flattened."""
+    grid, part = (tuple(axis) for axis in zip(*dims, strict=True))
+    shape = tuple(count * size for count, size in dims)
+    tensor = torch.arange(float(math.prod(shape))).view(shape)
+    numel = math.prod(part)
+    chunks: dict[ChunkKey, torch.Tensor] = {}
+    for place in itertools.product(*map(range, grid)):
+        corner = [slice(i * size, (i + 1) * size) for i, size in zip(place, part, strict=True)]
+        flat = tensor[tuple(corner)].contiguous().view(-1)
+        cuts = sorted({0, numel, *(rng.randint(0, numel) for _ in range(rng.randint(0, 2)))})
+        for start, stop in itertools.pairwise(cuts):
+            box = Box((*place, start), (*(1 for _ in place), stop - start))
+            chunks[ChunkKey("w", box)] = flat[start:stop].clone().view(box.shape)
+    planned = plan_checkpoint({"w": TensorPlan((*grid, numel), "float32")}, [[*chunks]], {}, {})
+    directory = tmp_path_factory.mktemp("old") / "iter_0000007"
+    contents = {place: chunks[member] for member, place in planned.chunks.items()}
+    write_outputs(directory, planned.files, contents)
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    metadata.mcore_data = {"w": {"nd_reformulated_orig_global_shape": shape}}
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert torch.equal(_tensors(directory)["w"], tensor)
+    metadata.mcore_data = {"w": {"nd_reformulated_orig_global_shape": (*shape[:-1], 1 + shape[-1])}}
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="does not have the shape"):
+        torch_dist.read(directory)
 
 
 # What must be refused, and what the message must name.
