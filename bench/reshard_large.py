@@ -185,14 +185,14 @@ def plan(load_dir: Path, job: Job, save_dir: Path, execute: bool) -> Row:
         "source pieces": len(source.pieces),
         "target pieces": len(planned.target.pieces),
         "files": len(planned.target.files),
-        "GB": planned.plan.total_bytes / 1e9,
+        "GB": planned.copy.plan.total_bytes / 1e9,
     }
     if execute:
         reshard.run(planned, save_dir, workers=2)
         watch.lap("run")
     else:
-        files = range(len(planned.plan.files))
-        units = [len(unit.items) for index in files for unit in planned.plan.units(index)]
+        files = range(len(planned.copy.plan.files))
+        units = [len(unit.items) for index in files for unit in planned.copy.plan.units(index)]
         notes |= {"units": len(units), "items": sum(units)}
     return Row(f"{source.optim_format} to {job.form}", watch.seconds, notes=notes)
 

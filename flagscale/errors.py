@@ -1,6 +1,7 @@
 """One exception tree for the whole layer.
 
     FlagScaleError                      exit code 1
+    ├── VerificationError               exit code 1   a result is not what it was made from
     ├── ConfigError                     exit code 2   an argument, recipe, layout or path is wrong
     ├── PlatformError                   exit code 2   the device platform cannot be used as asked
     ├── PatchError                      exit code 2   upstream is not what a patch was written for
@@ -27,6 +28,7 @@ __all__ = [
     "PatchTargetMissingError",
     "PlatformError",
     "PluginError",
+    "VerificationError",
 ]
 
 
@@ -69,6 +71,10 @@ class FlagScaleError(Exception):
         )
         lines = [f"  {label + ':':<10}{value}" for label, value in facts if value is not None]
         return "\n".join([self.what, *lines])
+
+
+class VerificationError(FlagScaleError):
+    """A result was made, and a check of it finds that it is wrong."""
 
 
 class ConfigError(FlagScaleError):

@@ -193,6 +193,7 @@ class CopyPlan:
         """The units of an output file, front to back."""
         cuts = cut_file(self.files[file], self.unit_bytes)
         pieces = self.targets_in(self.files[file].path)
+        holes = {hole.offset for hole in self.files[file].holes}
         following = 0
         active: list[CopyItem] = []  # offsets here are from the start of the file
         for index, (start, stop) in enumerate(pairwise(cuts)):
@@ -207,9 +208,10 @@ class CopyPlan:
             for item in active:
                 _split(item, stop, inside, left)
             active = left
-            moved = [replace(item, offset=item.offset - start) for item in inside]
-            moved.sort(key=lambda item: item.offset)
-            yield Unit(file, index, start, stop, tuple(_coalesced(moved)), tuple(gaps))
+            inside.sort(key=lambda item: item.offset)
+            whole = _coalesced(inside, holes)
+            moved = tuple(replace(item, offset=item.offset - start) for item in whole)
+            yield Unit(file, index, start, stop, moved, tuple(gaps))
 
     def _items(self, target: Piece) -> tuple[list[CopyItem], list[Gap]]:
         sources = self._by_tensor.get(target.tensor)
@@ -426,13 +428,13 @@ def _split(item: CopyItem, cut: int, before: list[CopyItem], after: list[CopyIte
         after.append(item.rows(begun, rows))
 
 
-def _coalesced(items: Iterable[CopyItem]) -> Iterator[CopyItem]:
-    """Join runs that go on where the run before them ends, in the source and in the unit."""
+def _coalesced(items: Iterable[CopyItem], holes: Collection[int]) -> Iterator[CopyItem]:
+    """Join runs that go on where the run before them ends, in the source and in the hole."""
     last: CopyItem | None = None
     for item in items:
         if last is None:
             last = item
-        elif _goes_on(last, item):
+        elif item.offset not in holes and _goes_on(last, item):
             size = DTYPE_BYTES[item.dtype]
             last = replace(
                 last,

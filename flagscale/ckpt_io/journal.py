@@ -31,7 +31,7 @@ from flagscale.errors import CheckpointError, ConfigError
 
 __all__ = ["RECEIPT", "FileRecord", "HolePart", "Journal", "Staging", "UnitRecord"]
 
-RECEIPT: Final = "reshard.json"
+RECEIPT: Final = "flagscale.json"
 """In a published directory: the fingerprint of the plan it was made by."""
 
 
@@ -186,7 +186,7 @@ class Staging:
     """Where an output is made before it is published.
 
     Args:
-        destination: The iteration directory to be.
+        destination: The directory to be.
         fingerprint: Of the plan.
     """
 

@@ -30,7 +30,8 @@ def find_iteration(load_dir: Path, iteration: int | None = None) -> tuple[int, P
         iteration: The one wanted, counted from 1; by default, the last complete one.
 
     Returns:
-        The iteration (0 for a release, as upstream has it) and its directory.
+        The iteration and its directory; 0 for a release, as upstream has it, and where neither
+        the name of the directory nor a file beside it tells.
 
     Raises:
         CheckpointError: There is no such checkpoint.
@@ -54,10 +55,10 @@ def find_iteration(load_dir: Path, iteration: int | None = None) -> tuple[int, P
 def _iteration_of(directory: Path) -> int | None:
     if (directory / TRACKER).exists() or not directory.is_dir():
         return None
-    if directory.name == "release":
-        return 0
-    match = re.fullmatch(r"iter_(\d{7,18})", directory.name)
-    return int(match[1]) if match else None
+    if match := re.fullmatch(r"iter_(\d{7,18})", directory.name):
+        return int(match[1])
+    is_checkpoint = (directory / "metadata.json").exists() or any(directory.glob("mp_rank_*"))
+    return 0 if directory.name == "release" or is_checkpoint else None
 
 
 def _tracked(load_dir: Path) -> tuple[int, Path]:

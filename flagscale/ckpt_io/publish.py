@@ -1,7 +1,7 @@
 """Publishing: a reader sees a whole checkpoint or none.
 
 Everything is on the disk before the one rename that makes it visible, and the pointer to the latest
-iteration is written after it.
+iteration, if there is one, is written after it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ _POLL_SECONDS: Final = 0.2
 
 def publish(
     staging: Staging,
-    iteration: int,
+    tracker: int | str | None,
     digests: dict[str, str],
     complete: Callable[[Path, dict[str, str]], None] | None = None,
     *,
@@ -38,7 +39,8 @@ def publish(
 
     Args:
         staging: Its files are all finished.
-        iteration: Written to the tracker file.
+        tracker: Written to the file that names the last checkpoint: an iteration, or "release";
+            None writes none, where the destination is no checkpoint's.
         digests: SHA-256 of each file by its path, in hexadecimal.
         complete: Called with the staged directory and the digests, the receipt's included, to add
             what needs them, such as a manifest. May be called again after a crash.
@@ -61,7 +63,8 @@ def publish(
             "the staging directory is gone", where=str(staging.root), cure="run again"
         )
     if ours or staging.root.exists():
-        _point_to(staging.destination.parent, iteration)
+        if tracker is not None:
+            _point_to(staging.destination.parent, tracker)
         staging.remove()
     return ours
 
@@ -116,12 +119,13 @@ def _make_visible(
         flush_directory(staging.destination.parent)
 
 
-def _point_to(directory: Path, iteration: int) -> None:
+def _point_to(directory: Path, tracker: int | str) -> None:
     path = directory / TRACKER
-    draft = directory / f".{TRACKER}.{os.uname().nodename}.{os.getpid()}"
+    # Not by process: threads share a number, and so may processes of containers.
+    draft = directory / f".{TRACKER}.{secrets.token_hex(8)}"
     with disk_errors(path):
         with draft.open("w", encoding="utf-8") as stream:
-            stream.write(str(iteration))
+            stream.write(str(tracker))
             stream.flush()
             os.fsync(stream.fileno())
         draft.replace(path)

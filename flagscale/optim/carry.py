@@ -45,6 +45,7 @@ class Request:
         first_layers: Layers of the first stage.
         last_layers: Layers of the last stage.
         allow_vocab_growth: Whether the padded vocabulary may grow.
+        padded_vocab_size: What it grows to; ``None``: as little as the layout asks for.
     """
 
     tp_size: int | None = None
@@ -57,6 +58,7 @@ class Request:
     first_layers: int | None = None
     last_layers: int | None = None
     allow_vocab_growth: bool = False
+    padded_vocab_size: int | None = None
 
 
 def target_args(source: Source, request: Request) -> Namespace:
@@ -125,6 +127,8 @@ def _placement(source: Source, request: Request, pp: int) -> dict[str, Any]:
 
 def _padded_vocab_size(source: Source, request: Request, tp: int) -> int:
     padded = source.job.model.dims.padded_vocab_size or 0
+    if request.padded_vocab_size is not None:
+        return request.padded_vocab_size
     if padded % tp == 0:
         return padded
     multiple = int(vars(source.args).get("make_vocab_size_divisible_by") or 1) * tp

@@ -20,13 +20,20 @@ from flagscale.optim.source_torch_dist import open_torch_dist
 __all__ = ["open_source"]
 
 
-def open_source(load_dir: Path, iteration: int | None = None, *, prove: bool = True) -> Source:
+def open_source(
+    load_dir: Path,
+    iteration: int | None = None,
+    *,
+    prove: bool = True,
+    weights_only: bool = False,
+) -> Source:
     """Open a checkpoint; no tensor is loaded but the sample that proves the parameters' order.
 
     Args:
         load_dir: As ``--load`` takes it, or the directory of an iteration.
         iteration: The one wanted, counted from 1; ``None``: the last complete one.
         prove: Whether an order of flat buffers has to prove itself; without, the first that fits.
+        weights_only: Whether states of the optimizer are left alone, and need not be there.
 
     Raises:
         CheckpointError: It is missing or damaged, its format or optimizer is not known here, or it
@@ -44,12 +51,13 @@ def open_source(load_dir: Path, iteration: int | None = None, *, prove: bool = T
             cure="save it as torch_dist with the release of Megatron that wrote it",
         )
     with damage_named(directory):
-        source = openers[ckpt_format](directory)
+        source = openers[ckpt_format](directory, weights_only=weights_only)
         source = replace(source, iteration=int(source.common.get("iteration", iteration)))
         _verify_tensors(source, kinds=("weight",))
         if source.buffers:
             source = _with_order(source, prove)
-        _verify_tensors(source, kinds=OPTIMIZER_KINDS)
+        if not weights_only:
+            _verify_tensors(source, kinds=OPTIMIZER_KINDS)
     return source
 
 

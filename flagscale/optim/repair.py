@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from flagscale.ckpt_copy import run as copying
 from flagscale.ckpt_io.output import OutputFile
 from flagscale.ckpt_io.sources import Sources
 from flagscale.errors import CheckpointError
@@ -22,7 +23,7 @@ from flagscale.layout.pieces import OPTIMIZER_KINDS, TensorKey
 from flagscale.optim.carry import Request
 from flagscale.optim.mend import Mending, mendings
 from flagscale.optim.proof import Mismatch, compare
-from flagscale.optim.reshard import Reshard, fill
+from flagscale.optim.reshard import Reshard
 from flagscale.optim.source import Source
 from flagscale.optim.target import plan_target
 
@@ -109,16 +110,17 @@ def plan_repair(source: Source) -> Repair:
         if piece.tensor.name in mending.lost
     ]
     lost = {TensorKey(kind, name) for name in mending.lost for kind in OPTIMIZER_KINDS[1:]}
-    planned = fill(
-        source,
-        target,
+    copy = copying.prepare(
+        source.directory,
         (*weights, *mending.pieces, *refills),  # by priority
+        target.files,
+        target.pieces,
         conversions={(p.dtype, "float32") for p in refills if p.dtype != "float32"},
         zero_fill=lost,
     )
     dtypes = {piece.tensor.name: piece.dtype for piece in weights}
     refill = {name: dtypes[name] for name in sorted(shifted.keys() | mending.lost.keys())}
-    return Repair(mending, planned, refill)
+    return Repair(mending, Reshard(source, target, copy), refill)
 
 
 def prove(source: Source, mending: Mending) -> list[Mismatch]:

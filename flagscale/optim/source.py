@@ -28,7 +28,7 @@ class Source:
         iteration: Counted from 1.
         ckpt_format: Upstream's name of the format.
         optim_format: Upstream's name of how a ``torch_dist`` checkpoint stores the optimizer's
-            states; ``"legacy"`` for the format ``torch``.
+            states; ``"legacy"`` for the format ``torch``; ``"none"`` without the optimizer.
         args: Arguments of the job that saved it.
         job: What they describe.
         tensors: Shape and element type of every canonical tensor.

@@ -23,8 +23,12 @@ from flagscale.optim.source import Source, without_params
 __all__ = ["open_legacy"]
 
 
-def open_legacy(directory: Path) -> Source:
+def open_legacy(directory: Path, *, weights_only: bool = False) -> Source:
     """Open the checkpoint of one iteration; flat buffers are not yet told apart.
+
+    Args:
+        directory: Of the iteration.
+        weights_only: Whether states of the optimizer, if there are any, are left alone.
 
     Raises:
         CheckpointError: It is damaged, or of an optimizer or model that is not known here.
@@ -64,7 +68,7 @@ def open_legacy(directory: Path) -> Source:
         for key, value in first.model_state.items()
         if not re.fullmatch(r"model\d*|optimizer|rng_state|rerun_state_machine", key)
     }
-    optimizer = first.model_state.get("optimizer")
+    optimizer = [] if weights_only else first.model_state.get("optimizer")
     if optimizer is None:
         raise CheckpointError(
             "a checkpoint holds no state of an optimizer",
@@ -80,7 +84,7 @@ def open_legacy(directory: Path) -> Source:
         directory=directory,
         iteration=0,  # for whoever opens it to set: the checkpoint may not tell
         ckpt_format="torch",
-        optim_format="legacy",
+        optim_format="none" if weights_only else "legacy",
         args=stored.args,
         job=job,
         tensors=tensors,
@@ -90,7 +94,7 @@ def open_legacy(directory: Path) -> Source:
         rng=rng,
         extra_states={state: loaded(value) for state, value in extra_states.items()},
         spec=spec,
-        buffers=tuple(_legacy_buffers(job, stored)),
+        buffers=() if weights_only else tuple(_legacy_buffers(job, stored)),
         listed=listed,
     )
 

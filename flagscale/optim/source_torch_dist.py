@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +14,7 @@ from flagscale.ckpt_io.archive import load_tree
 from flagscale.ckpt_io.values import StoredTensor
 from flagscale.errors import CheckpointError
 from flagscale.layout.boxes import Box
-from flagscale.layout.model import LayerSpec, canonical_name, layer_specs
+from flagscale.layout.model import LayerSpec, canonical_name, layer_specs, stored_name
 from flagscale.layout.pieces import OPTIMIZER_KINDS, Piece, Region, TensorKey
 from flagscale.optim.extra_state import from_stored
 from flagscale.optim.flat import FlatRun
@@ -31,14 +32,19 @@ _BUCKET: Final = re.compile(
 _OPTIMIZER: Final = re.compile(
     r"(?:chained_(\d+)\.)?optimizer\.distributed\.dp_group_idx_0\.(.+)/.*"
 )
+_OF_OPTIMIZER: Final = re.compile(r"(?:chained_\d+\.)?optimizer\.")
 _RNG: Final = re.compile(r"rng_state/shard_(\d+)\.(\d+)_\d+\.\d+")
 _LAYERS: Final = re.compile(r"decoder\.layers\.(?!\d)")
 _OLD_KINDS: Final = {"fp32_param": "param"}  # of fully_sharded_model_space
 _NAMED: Final = ("fully_reshardable", "fully_sharded_model_space")
 
 
-def open_torch_dist(directory: Path) -> Source:
+def open_torch_dist(directory: Path, *, weights_only: bool = False) -> Source:
     """Open the checkpoint of one iteration; flat buffers are not yet told apart.
+
+    Args:
+        directory: Of the iteration.
+        weights_only: Whether states of the optimizer, if there are any, are left alone.
 
     Raises:
         CheckpointError: It is damaged, or of an optimizer or model that is not known here.
@@ -46,7 +52,9 @@ def open_torch_dist(directory: Path) -> Source:
     stored = torch_dist.read(directory)
     args: Any = stored.common.get("args")
     job = Job.saved(args, str(directory))  # refuses what is no Namespace
-    optim_format = _sharding_type(stored, job)
+    if weights_only:
+        stored = _without_optimizer(stored)
+    optim_format = "none" if weights_only else _sharding_type(stored, job)
     pieces: list[Piece] = []
     tensors: dict[TensorKey, tuple[tuple[int, ...], str]] = {}
     flat: dict[tuple[int, int, int], dict[int, dict[str, torch_dist.TensorEntry]]] = {}
@@ -90,6 +98,19 @@ def open_torch_dist(directory: Path) -> Source:
         steps=_parameter_steps(stored, loaded),
         buffers=tuple(_bucket_buffers(job, flat, dtypes, directory)),
     )
+
+
+def _without_optimizer(stored: torch_dist.TorchDistCheckpoint) -> torch_dist.TorchDistCheckpoint:
+    return replace(
+        stored,
+        tensors={key: value for key, value in stored.tensors.items() if not _is_state(key)},
+        objects={key: value for key, value in stored.objects.items() if not _is_state(key)},
+        common={key: value for key, value in stored.common.items() if key != "optimizer"},
+    )
+
+
+def _is_state(key: str) -> bool:
+    return bool(_OF_OPTIMIZER.match(key))
 
 
 def _parameter_steps(stored: torch_dist.TorchDistCheckpoint, loaded: Any) -> int | None:
@@ -145,10 +166,12 @@ def _sharding_type(stored: torch_dist.TorchDistCheckpoint, job: Job) -> str:
 
 
 def _stored_spec(job: Job, stored: torch_dist.TorchDistCheckpoint) -> LayerSpec:
-    """The layer spec, which shows in the name of the norm before experts and nowhere else."""
-    if any("pre_mlp_layernorm." in key for key in stored.tensors):
-        return "transformer_engine"
-    return "local" if job.model.dims.moe_layers else layer_specs(job.args)[0]
+    """The layer spec whose names of norms are there; where all have them, the likeliest."""
+
+    def found(spec: LayerSpec) -> int:
+        return sum(stored_name(job.model, name, spec).key in stored.tensors for name in job.tensors)
+
+    return max(layer_specs(job.args), key=found)
 
 
 def _named_pieces(kind: str, key: str, entry: torch_dist.TensorEntry) -> Iterator[Piece]:

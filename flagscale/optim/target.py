@@ -33,15 +33,14 @@ from flagscale.optim.source import Source
 __all__ = ["CkptFormat", "OptimFormat", "Target", "plan_target"]
 
 CkptFormat = Literal["torch", "torch_dist"]
-OptimFormat = Literal["fully_reshardable", "dp_reshardable"]
+OptimFormat = Literal["fully_reshardable", "dp_reshardable", "none"]
+"""Upstream's names; ``"none"`` for weights alone, as with ``--no-save-optim``."""
 
 CHUNK_BYTES: Final = 128 << 20
 """A stored chunk is no larger, if one row of it is not."""
 
 FILE_BYTES: Final = 256 << 20
 """A ``.distcp`` file is closed when it has as many; a file is what one worker writes."""
-
-_LOADS_IN_FP32: Final = ("torch_dist", "fully_reshardable")
 
 _VOCAB_ROWS: Final = ("embedding.word_embeddings.weight", "output_layer.weight")
 
@@ -97,6 +96,8 @@ def plan_target(
         CheckpointError: The source lacks what the target needs.
     """
     args = target_args(source, request)
+    if optim_format == "none":
+        args.no_save_optim = True  # upstream then does not look for it
     _verify_fit(source, args)
     job = Job.of(vars(args))
     rng, rng_note = rng_states(source, job)
@@ -107,7 +108,8 @@ def plan_target(
     grown, zero_fill, notes = _growth(source, job)
     if ckpt_format == "torch" and not rng:
         notes.append("resume with --no-load-rng: this format has no other way to do without")
-    if job.model.dtype == "float32" and (ckpt_format, optim_format) != _LOADS_IN_FP32:
+    flat = ckpt_format == "torch" or optim_format == "dp_reshardable"
+    if job.model.dtype == "float32" and flat and optim_format != "none":
         notes.append(
             "megatron-core 0.19 fails to load flat states of a model in fp32: choose torch_dist "
             "with fully_reshardable"
@@ -205,16 +207,17 @@ class _TorchDist(_Format):
         flat: dict[str, tuple[str, list[FlatParam], int]] = {}
         objects = dict(self._objects())
         common = self.common() | {"content_metadata": self._content_metadata()}
-        optimizers = target_optimizers(self.source, self.job)
-        if self.optim_format == "fully_reshardable":
-            self._add_named(OPTIMIZER_KINDS, tensors, members, named)
-            states: list[dict[str, Any]] = optimizers
-        else:
-            states = [{} for _ in optimizers]
-            self._add_flat(optimizers, tensors, members, flat, objects)
+        if self.optim_format != "none":
+            optimizers = target_optimizers(self.source, self.job)
+            if self.optim_format == "fully_reshardable":
+                self._add_named(OPTIMIZER_KINDS, tensors, members, named)
+                states: list[dict[str, Any]] = optimizers
+            else:
+                states = [{} for _ in optimizers]
+                self._add_flat(optimizers, tensors, members, flat, objects)
+            kinds = [{**state, "param_state_sharding_type": self.optim_format} for state in states]
+            common["optimizer"] = dict(enumerate(kinds)) if len(kinds) > 1 else kinds[0]
         self._add_named(("weight",), tensors, members, named)
-        kinds = [{**state, "param_state_sharding_type": self.optim_format} for state in states]
-        common["optimizer"] = dict(enumerate(kinds)) if len(kinds) > 1 else kinds[0]
         planned = plan_checkpoint(tensors, _in_files(tensors, members), objects, common)
         pieces: list[Piece] = []
         runs: dict[str, list[FlatRun]] = {}
@@ -235,9 +238,10 @@ class _TorchDist(_Format):
     def _content_metadata(self) -> dict[str, Any]:
         metadata: dict[str, Any] = {
             "chained_optim_avoid_prefix": True,
-            "distrib_optim_sharding_type": self.optim_format,
             "singleton_local_shards": False,
         }
+        if self.optim_format != "none":
+            metadata["distrib_optim_sharding_type"] = self.optim_format
         if self.optim_format == "fully_reshardable":
             metadata["distrib_optim_fully_reshardable_mem_efficient"] = False
         return metadata
@@ -322,16 +326,19 @@ class _Legacy(_Format):
         files: list[OutputFile] = []
         pieces: list[Piece] = []
         at = self.job.layout
-        optimizers = target_optimizers(self.source, self.job)
+        optimizers: list[dict[str, Any]] = []
+        if self.optim_format != "none":
+            optimizers = target_optimizers(self.source, self.job)
         writers = self._writers()
         for place in writers:
             name = rank_directory(place, pipeline=at.pp_size > 1, experts=at.ep_size > 1)
             held: dict[str, tuple[LocalParam | str, list[FlatParam], int]] = {}
             model_state = self._model_state(place, optimizers, held)
             states = [
-                self._buffers_state(group, held) if group else None for group in writers[place]
+                self._buffers_state(group, held) if group else None
+                for group in (writers[place] if optimizers else ())
             ]
-            distrib_optim = states if len(states) > 1 else states[0]
+            distrib_optim = states if len(states) > 1 else states[0] if states else None
             for planned in plan_rank(name, model_state, distrib_optim):
                 files.append(planned.output)
                 for key, hole in planned.holes.items():
@@ -385,7 +392,8 @@ class _Legacy(_Format):
             at = (place.pp_rank, chunk)
             model |= to_local(source.extra_states, job.pipeline, at, own)
             state["model" if chunks == 1 else f"model{chunk}"] = model
-        state["optimizer"] = list(optimizers) if len(optimizers) > 1 else optimizers[0]
+        if optimizers:
+            state["optimizer"] = list(optimizers) if len(optimizers) > 1 else optimizers[0]
         if rng := self.rng.get((place.pp_rank, place.tp_rank)):
             state["rng_state"] = rng
         return state

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import importlib.util
-import io
 import os
 import pickle
 import signal
@@ -13,14 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from harness.program import TOOLS, Ended, content, run_program
 from harness.saved_job import job_args
 from harness.synthetic import Synthetic
 
-ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools" / "reshard_optimizer.py"
+TOOL = TOOLS / "reshard_optimizer.py"
 
 
 @pytest.fixture(scope="module")
@@ -31,33 +26,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_dir
 
 
-@functools.cache
-def program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(TOOL.stem, TOOL)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(*words: object) -> tuple[int, str, str]:
-    """Call the program in this process, which saves it the start of another."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = program().main(list(map(str, words)))
-        except SystemExit as stopped:  # argparse's own
-            code = stopped.code
-    return code, out.getvalue(), err.getvalue()
-
-
-def content(directory: Path) -> dict[str, tuple[bytes, int]]:
-    return {
-        str(path.relative_to(directory)): (path.read_bytes(), path.stat().st_mtime_ns)
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
+def run(*words: object) -> Ended:
+    return run_program("reshard_optimizer", *words)
 
 
 def only_iteration(save_dir: Path) -> Path:

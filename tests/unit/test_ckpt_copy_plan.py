@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flagscale.ckpt_copy.plan import CopyPlan, cut_file, plan_copy
+from flagscale.ckpt_copy.verify import verify_plan
 from flagscale.ckpt_io.output import Hole, OutputFile
 from flagscale.errors import ConfigError
 from flagscale.layout.boxes import Box, flat_boxes
@@ -192,3 +193,15 @@ def test_many_pieces_take_seconds() -> None:
     ]
     assert numbers == [rows * columns // tp_size] * tp_size
     assert time.process_time() - begin < 20
+
+
+def test_holes_that_touch_are_filled_one_by_one() -> None:
+    """The halves of one source, one behind the other: joined, the copy would be of neither hole."""
+    source = Piece(W, Box.whole((8,)), "float32", Region("s", 0, (4,)))
+    holes = tuple(Hole(at, 16, "float32", (4,)) for at in (0, 16))
+    targets = [
+        Piece(W, Box((first,), (4,)), "float32", Region("t", first * 4, (4,))) for first in (0, 4)
+    ]
+    plan = plan_copy([source], [OutputFile("t", 32, (), holes)], targets, unit_bytes=64)
+    assert [(item.offset, item.numel) for item in next(plan.units(0)).items] == [(0, 4), (16, 4)]
+    assert verify_plan(plan, {"s": 32}) == []

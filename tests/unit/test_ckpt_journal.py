@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from flagscale.ckpt_io import publish as publishing
 from flagscale.ckpt_io.checksum import combine_crc32
 from flagscale.ckpt_io.claims import Claims, Task
-from flagscale.ckpt_io.journal import FileRecord, HolePart, Journal, Staging, UnitRecord
+from flagscale.ckpt_io.journal import RECEIPT, FileRecord, HolePart, Journal, Staging, UnitRecord
 from flagscale.ckpt_io.publish import TRACKER, publish
 from flagscale.ckpt_io.raw import SourceStamp, require_room
 from flagscale.errors import CheckpointError, ConfigError
@@ -202,13 +203,13 @@ def test_publish_is_one_rename_and_the_tracker_last(
     monkeypatch.setattr(Path, "replace", noted_replace)
 
     def complete(directory: Path, digests: dict[str, str]) -> None:
-        assert sorted(digests) == ["a", "reshard.json"]
+        assert sorted(digests) == ["a", "flagscale.json"]
         (directory / "integrity.json").write_text(json.dumps(digests))
 
     assert publish(staging, 10, {"a": "ca97"}, complete)
     assert seen == ["rename", TRACKER]
     assert (staging.destination.parent / TRACKER).read_text() == "10"
-    assert sorted(os.listdir(staging.destination)) == ["a", "integrity.json", "reshard.json"]
+    assert sorted(os.listdir(staging.destination)) == ["a", "flagscale.json", "integrity.json"]
     assert sorted(os.listdir(staging.destination.parent)) == ["iter_0000010", TRACKER]
     assert not publish(staging, 10, {})  # once is enough
 
@@ -229,6 +230,25 @@ def test_a_publication_cut_off_is_finished_by_the_next(
     again = staged(tmp_path)
     publish(again, 10, {})
     assert sorted(os.listdir(tmp_path / "out")) == ["iter_0000010", TRACKER]
+
+
+def test_an_output_that_is_no_iteration_gets_no_tracker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does the next run that finishes a publication which was cut off write one."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    staging = staged(tmp_path)
+    (staging.data / "a").write_bytes(b"a")
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "remove", stop)
+        with pytest.raises(KeyboardInterrupt):
+            publish(staging, None, {"a": "ca97"})
+    assert not publish(staged(tmp_path), None, {"a": "ca97"})
+    assert sorted(os.listdir(staging.destination)) == ["a", RECEIPT]
+    assert os.listdir(staging.destination.parent) == [staging.destination.name]
 
 
 @pytest.mark.parametrize("there", ["a directory", "an empty directory", "a file"])
@@ -266,6 +286,15 @@ def test_of_several_one_publishes(tmp_path: Path) -> None:
         thread.join()
     assert sorted(results) == [False] * 5 + [True]
     assert len(calls) == 1
+
+
+def test_two_write_the_tracker_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both_written = threading.Barrier(2, timeout=10)
+    monkeypatch.setattr(os, "fsync", lambda _: both_written.wait())
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(publishing._point_to, tmp_path, 10) for _ in range(2)]:
+            done.result()
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(TRACKER, "10")]
 
 
 def test_a_task_that_comes_when_all_is_done_finds_it_done(tmp_path: Path) -> None:

@@ -554,7 +554,7 @@ def test_what_5077_did_is_found_and_mended(
         return
     assert found.keys() == {(Kind.COMPACT, f"param {name}") for name in wrong}
     repair = plan_repair(open_source(work / "damaged"))
-    done = reshard.run(repair.reshard, work / "mended", workers=1, verify="full")
+    done, _ = reshard.run(repair.reshard, work / "mended", workers=1, verify="full")
     assert set(repair.mending.shifted) == wrong
     _verify_mended(good, repair, done.directory)
     # What it could not bring back it has written down, and so nothing is amiss.

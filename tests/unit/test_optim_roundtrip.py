@@ -79,7 +79,7 @@ def run(load_dir: Path, save_dir: Path, request: Request, form: str) -> Path:
     ckpt_format = "torch" if form == "legacy" else "torch_dist"
     optim_format = "fully_reshardable" if form == "legacy" else form
     planned = reshard.plan(source, request, ckpt_format, optim_format, unit_bytes=4096)
-    return reshard.run(planned, save_dir, workers=1).directory
+    return reshard.run(planned, save_dir, workers=1)[0].directory
 
 
 # ---------------------------------------------------------------------------------------------

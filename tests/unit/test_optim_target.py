@@ -41,7 +41,7 @@ def planned(load_dir: Path, request: Request, form: str = "fully_reshardable") -
 
 def done(load_dir: Path, save_dir: Path, request: Request, form: str = "fully_reshardable") -> Path:
     """Open, plan and run."""
-    return reshard.run(planned(load_dir, request, form), save_dir, workers=1).directory
+    return reshard.run(planned(load_dir, request, form), save_dir, workers=1)[0].directory
 
 
 def states_of(directory: Path) -> tuple[Namespace, Mapping[str, Any], list[dict[str, Any]], Any]:
