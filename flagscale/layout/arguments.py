@@ -7,6 +7,7 @@ since torchrun or srun may have started it. Values are by attribute, as argparse
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from math import ceil
 from typing import Any, Final
 
@@ -14,11 +15,13 @@ from flagscale.errors import ConfigError
 from flagscale.layout.memory import TrainingMode
 from flagscale.layout.parallel import (
     BatchSizes,
+    LatentDims,
     ModelDims,
     ParallelLayout,
     Problem,
     verify_evaluation,
     verify_layout,
+    verify_local_attention,
 )
 from flagscale.layout.ramp import verify_schedule
 
@@ -57,7 +60,6 @@ _UNEVEN_PIPELINE = (
     "hybrid_layer_pattern",
 )
 OTHER_MODELS: Final = (
-    "multi_latent_attention",
     "mtp_num_layers",
     "hybrid_layer_pattern",
     "heterogeneous_layers_config_path",
@@ -68,7 +70,12 @@ OTHER_MODELS: Final = (
 )
 """The arguments that ask for a model whose parameters are not known here."""
 
-_OTHER_MEMORY = ("use_megatron_fsdp", "use_torch_fsdp2", "use_precision_aware_optimizer")
+_OTHER_MEMORY = (
+    "multi_latent_attention",
+    "use_megatron_fsdp",
+    "use_torch_fsdp2",
+    "use_precision_aware_optimizer",
+)
 
 
 def verify_arguments(values: Mapping[str, Any], world_size: int) -> list[Problem]:
@@ -85,10 +92,12 @@ def verify_arguments(values: Mapping[str, Any], world_size: int) -> list[Problem
                 f"give {options}",
             )
         ]
-    layout = parallel_layout(values, world_size)
+    layout, dims = parallel_layout(values, world_size), model_dims(values)
+    local = values["transformer_impl"] == "local" and layout.tp_size > 0
     problems = [
         *_verify_virtual_stages(values, layout),
-        *verify_layout(layout, model_dims(values), batch_sizes(values, layout)),
+        *verify_layout(layout, dims, batch_sizes(values, layout)),
+        *(verify_local_attention(dims, layout.tp_size) if local else ()),
         *_verify_schedule(values, layout),
         *_verify_data_source(values),
         *_verify_intervals(values),
@@ -155,6 +164,7 @@ def model_dims(values: Mapping[str, Any]) -> ModelDims:
         learned_positions=values["max_position_embeddings"]
         if values["position_embedding_type"] == "learned_absolute"
         else None,
+        latent=_latent_dims(values),
     )
 
 
@@ -233,6 +243,12 @@ def _moe_layers(values: Mapping[str, Any]) -> frozenset[int]:
     # The launcher has the text, and leaves a pattern to upstream's parser: see uncounted().
     step = 1 if "[" in str(frequency) else int(frequency)
     return frozenset(range(0, values["num_layers"], step))
+
+
+def _latent_dims(values: Mapping[str, Any]) -> LatentDims | None:
+    if not values["multi_latent_attention"]:
+        return None
+    return LatentDims(**{field.name: values[field.name] for field in fields(LatentDims)})
 
 
 def _verify_schedule(values: Mapping[str, Any], layout: ParallelLayout) -> Iterator[Problem]:

@@ -11,19 +11,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Final, NamedTuple
 
 from flagscale.errors import CheckpointError, ConfigError
-from flagscale.layout.arguments import OTHER_MODELS, model_dims
+from flagscale.layout.arguments import OTHER_MODELS, model_dims, whole_number
 from flagscale.layout.boxes import Box, flat_boxes
-from flagscale.layout.parallel import ParallelLayout
+from flagscale.layout.parallel import ModelDims, ParallelLayout, verify_local_attention
 from flagscale.layout.pipeline import Pipeline
 from flagscale.layout.rows import (
     EMBEDDING,
+    INPUT_NORM,
+    KV_NORM,
+    KV_UP_NORM,
     MLP_NORM,
     OUTPUT,
+    PRE_MLP_NORM,
+    Q_NORM,
+    Q_PROJ_NORM,
+    Q_UP_NORM,
     QKV_NORM,
     LayerSpec,
     ModelSpec,
@@ -51,12 +58,29 @@ __all__ = [
 ]
 
 _LAYERS: Final = "decoder.layers."
-_UNFUSED_NORMS: Final = {"input_layernorm.": QKV_NORM, "pre_mlp_layernorm.": MLP_NORM}
+_CANONICAL_NORMS: Final = {
+    INPUT_NORM: QKV_NORM,
+    PRE_MLP_NORM: MLP_NORM,
+    Q_PROJ_NORM: Q_NORM,
+    Q_UP_NORM: Q_NORM,
+    KV_UP_NORM: KV_NORM,
+}
 _LAYER_KEY: Final = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)", re.DOTALL)
 
+_NEEDED: Final = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "padded_vocab_size",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+)
 # What these ask for has other names or other rows than the table below, though as many parameters.
 _OTHER_NAMES: Final = (
     "linear_attention_freq",
+    "mla_down_proj_fusion",
     "moe_single_grouped_weight",
     "moe_single_grouped_bias",
     "moe_mlp_glu_interleave_size",
@@ -178,24 +202,22 @@ def model_spec(args: Mapping[str, Any]) -> ModelSpec:
     _verify_known(values)
     try:
         dims = model_dims(values)
-        sizes = [getattr(dims, field.name) for field in fields(dims) if field.name != "moe_layers"]
-        complete = all(size is None or size is False or size > 0 for size in sizes)
+        sizes = {**vars(dims), **(vars(dims.latent) if dims.latent else {})}
+        for not_a_size in ("moe_layers", "latent"):
+            del sizes[not_a_size]
+        complete = all(size is None or size is False or size > 0 for size in sizes.values())
     except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             "the arguments do not describe a model", where="arguments", got=repr(error)
         ) from error
-    needed = (
-        dims.num_layers,
-        dims.hidden_size,
-        dims.num_attention_heads,
-        dims.padded_vocab_size,
-    )
-    if not complete or None in needed:
+    needed = {dest: values[dest] for dest in _NEEDED[: None if dims.latent else 4]}
+    needed["padded_vocab_size"] = dims.padded_vocab_size
+    if not complete or None in needed.values():
         raise ConfigError(
             "the size of the model is not known",
-            where="--num-layers, --hidden-size, --num-attention-heads, --padded-vocab-size",
+            where=", ".join(f"--{dest.replace('_', '-')}" for dest in needed),
             expected="a value for each, and no size below 1",
-            got=needed if complete else dims,
+            got=tuple(needed.values()) if complete else dims,
         )
     return ModelSpec(
         dims=dims,
@@ -207,11 +229,15 @@ def model_spec(args: Mapping[str, Any]) -> ModelSpec:
     )
 
 
-def layer_specs(args: Mapping[str, Any]) -> tuple[LayerSpec, LayerSpec]:
-    """Both specs, the one that the arguments name first.
+def layer_specs(args: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
+    """The specs that can make the model, the one that the arguments name first.
 
     A custom ``--spec`` may register the parameters in any order: this is where to start a proof.
     """
+    if args.get("multi_latent_attention"):
+        tp_size = whole_number(args, "tensor_model_parallel_size") or 1
+        if any(verify_local_attention(model_dims(_Arguments(args)), tp_size)):
+            return ("transformer_engine",)
     if args.get("transformer_impl") == "local":
         return "local", "transformer_engine"
     return "transformer_engine", "local"
@@ -316,14 +342,15 @@ def local_weights(
 def stored_name(model: ModelSpec, name: str, spec: LayerSpec) -> StoredName:
     """Where a job with these modules keeps a canonical tensor in ``torch_dist``.
 
-    Only one name depends on ``spec``: the norm in front of experts, which Transformer Engine cannot
-    fuse into a linear layer, while upstream's local spec stores it as if it were fused.
+    Only names of norms depend on ``spec``. Upstream stores each under the name it has in its
+    module, but for the local spec's norms of usual attention, which it stores as if they were fused
+    into linear layers.
     """
     if not (match := _LAYER_KEY.fullmatch(name)):
         return StoredName(name, None)
     layer, rest = int(match[1]), match[2]
-    if spec == "transformer_engine" and layer in model.dims.moe_layers:
-        rest = rest.replace(MLP_NORM, "pre_mlp_layernorm.")
+    for norm, stored in _stored_norms(model.dims, layer, spec).items():
+        rest = rest.replace(norm, stored)
     if model.stacked_layers:
         return StoredName(f"{_LAYERS}{rest}", layer)
     return StoredName(f"{_LAYERS}{layer}.{rest}", None)
@@ -349,10 +376,24 @@ def canonical_name(key: str, layer: int | None = None) -> str:
             expected="a layer number in its name, or an axis of layers",
             got=f"index {layer}",
         )
-    for unfused, fused in _UNFUSED_NORMS.items():
-        if rest.startswith(unfused):
-            rest = fused + rest.removeprefix(unfused)
+    for stored, norm in _CANONICAL_NORMS.items():
+        if rest.startswith(stored):
+            rest = norm + rest.removeprefix(stored)
     return f"{_LAYERS}{layer if number is None else int(number)}.{rest}"
+
+
+def _stored_norms(dims: ModelDims, layer: int, spec: LayerSpec) -> dict[str, str]:
+    """What the norms of a layer are called in a checkpoint, where that is not canonical."""
+    fused, is_moe = spec == "transformer_engine", layer in dims.moe_layers
+    if dims.latent is None:
+        return {MLP_NORM: PRE_MLP_NORM} if fused and is_moe else {}
+    names = {QKV_NORM: INPUT_NORM}
+    if is_moe or not fused:
+        names[MLP_NORM] = PRE_MLP_NORM
+    if fused:
+        names[Q_NORM] = Q_PROJ_NORM if dims.latent.q_lora_rank is None else Q_UP_NORM
+        names[KV_NORM] = KV_UP_NORM
+    return names
 
 
 def has_weight_decay(param: LocalParam, *, qk_norms: bool = False) -> bool:

@@ -7,7 +7,7 @@ megatron-core 0.19.2, which applies most of them only after every process has st
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -18,12 +18,14 @@ __all__ = [
     "BatchSizes",
     "Coordinates",
     "ExpertCoordinates",
+    "LatentDims",
     "ModelDims",
     "ParallelLayout",
     "Problem",
     "raise_problems",
     "verify_evaluation",
     "verify_layout",
+    "verify_local_attention",
 ]
 
 
@@ -172,6 +174,33 @@ class ParallelLayout:
 
 
 @dataclass(frozen=True)
+class LatentDims:
+    """The sizes of multi-latent attention, whose queries, keys and values come from low ranks.
+
+    Args:
+        kv_lora_rank: Of the latent vector that keys and values are made from.
+        qk_head_dim: Of a query or key head, the part without a position.
+        qk_pos_emb_head_dim: The part with one, which all key heads share.
+        v_head_dim: Of a value head.
+        q_lora_rank: Of the latent vector that queries are made from; ``None``: they are made from
+            the hidden state.
+
+    Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1.
+    """
+
+    kv_lora_rank: int
+    qk_head_dim: int
+    qk_pos_emb_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+
+    @property
+    def query_dim(self) -> int:
+        """Size of a query or key head."""
+        return self.qk_head_dim + self.qk_pos_emb_head_dim
+
+
+@dataclass(frozen=True)
 class ModelDims:
     """The sizes of a model, and what decides how many parameters it has.
 
@@ -197,6 +226,8 @@ class ModelDims:
         qk_norm: Whether queries and keys are normalized.
         tied_embeddings: Whether the output layer is the embedding.
         learned_positions: Rows of the position embedding; ``None`` without one.
+        latent: The sizes of multi-latent attention, which then take the place of query groups and
+            ``kv_channels``; ``None``: attention is of the usual kind.
     """
 
     num_layers: int
@@ -220,6 +251,7 @@ class ModelDims:
     qk_norm: bool = False
     tied_embeddings: bool = False
     learned_positions: int | None = None
+    latent: LatentDims | None = None
 
     @property
     def head_dim(self) -> int:
@@ -255,6 +287,42 @@ def verify_layout(layout: ParallelLayout, dims: ModelDims, batch: BatchSizes) ->
     grid = _verify_grid(layout)
     # Without a whole number of replicas the batch rules have no meaning.
     return grid + problems if grid else problems + _verify_batch(layout, batch)
+
+
+def verify_local_attention(dims: ModelDims, tp_size: int) -> Iterator[Problem]:
+    """What upstream's own modules cannot make of multi-latent attention; Transformer Engine's can.
+
+    Args:
+        dims: The model.
+        tp_size: Tensor parallel size, at least 1.
+    """
+    latent = dims.latent
+    if latent is None:
+        return
+    if dims.qk_norm and latent.q_lora_rank is None:
+        yield Problem(
+            "upstream's local modules have no norm for queries made from the hidden state",
+            "--qk-layernorm, --q-lora-rank",
+            "--q-lora-rank where --qk-layernorm is given, with --transformer-impl local",
+            "--qk-layernorm alone",
+            "give --q-lora-rank, or leave --qk-layernorm out",
+        )
+    for flag, rank in (
+        ("--q-lora-rank", latent.q_lora_rank or 0),
+        (
+            "--kv-lora-rank + --qk-pos-emb-head-dim",
+            latent.kv_lora_rank + latent.qk_pos_emb_head_dim,
+        ),
+    ):
+        if rank % tp_size:
+            yield Problem(
+                "a low rank of attention does not divide between tensor parallel ranks",
+                "--tensor-model-parallel-size",
+                f"a divisor of {rank} ({flag}), with --transformer-impl local",
+                str(tp_size),
+                f"another {flag}, or --tensor-model-parallel-size "
+                f"{_choices(_near(_divisors(rank), tp_size))}",
+            )
 
 
 def verify_evaluation(split: str, eval_iters: int) -> list[Problem]:

@@ -53,7 +53,7 @@ def count_parameters(dims: ModelDims) -> int:
     """Parameters of the whole model, pad rows of the vocabulary included.
 
     Raises:
-        ValueError: The padded vocabulary is not known.
+        ValueError: The padded vocabulary is not known, or attention is multi-latent.
     """
     alone = count_rank(dims, ParallelLayout(world_size=1, tp_size=1, pp_size=1), 0)
     return alone.dense + alone.experts
@@ -63,10 +63,13 @@ def count_rank(dims: ModelDims, layout: ParallelLayout, pp_rank: int) -> RankPar
     """Parameters of a rank of a pipeline stage; every rank of the stage holds as many.
 
     Raises:
-        ValueError: The padded vocabulary is not known, or the layers lie unevenly on the stages.
+        ValueError: The padded vocabulary is not known, the layers lie unevenly on the stages, or
+            attention is multi-latent, where the layer spec has a say.
     """
     if dims.padded_vocab_size is None:
         raise ValueError("the padded vocabulary is not known")
+    if dims.latent is not None:
+        raise ValueError("the parameters of multi-latent attention are not counted")
     tp_size = layout.tp_size
     first, last = pp_rank == 0, pp_rank == layout.pp_size - 1
     vocabulary = dims.padded_vocab_size // tp_size * dims.hidden_size

@@ -14,13 +14,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from flagscale.layout.parallel import ModelDims
+from flagscale.layout.parallel import LatentDims, ModelDims
 
 __all__ = [
     "EMBEDDING",
+    "INPUT_NORM",
+    "KV_NORM",
+    "KV_UP_NORM",
     "MLP_NORM",
     "OUTPUT",
+    "PRE_MLP_NORM",
     "QKV_NORM",
+    "Q_NORM",
+    "Q_PROJ_NORM",
+    "Q_UP_NORM",
     "LayerSpec",
     "ModelSpec",
     "Row",
@@ -34,8 +41,19 @@ LayerSpec = Literal["local", "transformer_engine"]
 
 EMBEDDING: Final = "embedding.word_embeddings.weight"
 OUTPUT: Final = "output_layer.weight"
+
+# The norms of a layer have two names: that of a module of their own, and that inside the linear
+# layer that takes their output. The canonical one is QKV_NORM, MLP_NORM, Q_NORM and KV_NORM,
+# whichever attention a model has.
+INPUT_NORM: Final = "input_layernorm."
 QKV_NORM: Final = "self_attention.linear_qkv.layer_norm_"
+PRE_MLP_NORM: Final = "pre_mlp_layernorm."
 MLP_NORM: Final = "mlp.linear_fc1.layer_norm_"
+Q_NORM: Final = "self_attention.q_layernorm."
+Q_PROJ_NORM: Final = "self_attention.linear_q_proj.layer_norm_"
+Q_UP_NORM: Final = "self_attention.linear_q_up_proj.layer_norm_"
+KV_NORM: Final = "self_attention.kv_layernorm."
+KV_UP_NORM: Final = "self_attention.linear_kv_up_proj.layer_norm_"
 
 
 @dataclass(frozen=True)
@@ -119,8 +137,11 @@ def layer_rows(model: ModelSpec, layer: int, spec: LayerSpec, experts: int) -> I
     """
     dims = model.dims
     fused, is_moe = spec == "transformer_engine", layer in dims.moe_layers
-    yield from _attention_rows(dims, fused)
-    name = MLP_NORM if fused and not is_moe else "pre_mlp_layernorm."
+    if dims.latent is None:
+        yield from _attention_rows(dims, fused)
+    else:
+        yield from _latent_attention_rows(dims, dims.latent, fused)
+    name = MLP_NORM if fused and not is_moe else PRE_MLP_NORM
     yield from _norm_rows(dims, name, dims.hidden_size, MLP_NORM)
     if not is_moe:
         yield from _mlp_rows(dims, "mlp.", "mlp.", dims.ffn_hidden_size, dims.linear_bias)
@@ -142,15 +163,43 @@ def _attention_rows(dims: ModelDims, fused: bool) -> Iterator[Row]:
     # they are divided evenly all the same, in the middle of a group.
     rows = queries + 2 * dims.num_query_groups * head_dim
     if not fused:
-        yield from _norm_rows(dims, "input_layernorm.", hidden, QKV_NORM)
+        yield from _norm_rows(dims, INPUT_NORM, hidden, QKV_NORM)
     yield from _linear_rows(f"{name}linear_proj.", (hidden, queries), 1, dims.linear_bias)
     if fused:
         yield from _norm_rows(dims, QKV_NORM, hidden)
     bias = dims.linear_bias or dims.qkv_bias
     yield from _linear_rows(f"{name}linear_qkv.", (rows, hidden), 0, bias)
     if dims.qk_norm:
-        yield from _norm_rows(dims, f"{name}q_layernorm.", head_dim)
+        yield from _norm_rows(dims, Q_NORM, head_dim)
         yield from _norm_rows(dims, f"{name}k_layernorm.", head_dim)
+
+
+def _latent_attention_rows(dims: ModelDims, latent: LatentDims, fused: bool) -> Iterator[Row]:
+    hidden, heads, name = dims.hidden_size, dims.num_attention_heads, "self_attention."
+    queries, kv_rank = heads * latent.query_dim, latent.kv_lora_rank
+    values = heads * latent.v_head_dim
+    yield from _norm_rows(dims, INPUT_NORM, hidden, QKV_NORM)
+    yield from _linear_rows(f"{name}linear_proj.", (hidden, values), 1, dims.linear_bias)
+    # Transformer Engine's layers that lead to a low rank are whole on every rank, and its norms
+    # are in the layers that lead out of it.
+    down_split = None if fused else 0
+    q_rank, q_norm, q_name = hidden, Q_PROJ_NORM, f"{name}linear_q_proj.weight"
+    if latent.q_lora_rank is not None:
+        q_rank, q_norm, q_name = latent.q_lora_rank, Q_UP_NORM, f"{name}linear_q_up_proj.weight"
+        down = f"{name}linear_q_down_proj.weight"
+        yield Row(down, down, (q_rank, hidden), down_split)
+    if fused and dims.qk_norm:
+        yield from _norm_rows(dims, q_norm, q_rank, Q_NORM)
+    yield Row(q_name, q_name, (queries, q_rank), 0)
+    down, up = f"{name}linear_kv_down_proj.weight", f"{name}linear_kv_up_proj.weight"
+    yield Row(down, down, (kv_rank + latent.qk_pos_emb_head_dim, hidden), down_split)
+    if fused and dims.qk_norm:
+        yield from _norm_rows(dims, KV_UP_NORM, kv_rank, KV_NORM)
+    # Rows go head by head: the part of its key without a position, its value.
+    yield Row(up, up, (heads * latent.qk_head_dim + values, kv_rank), 0)
+    if dims.qk_norm and not fused:
+        yield from _norm_rows(dims, Q_NORM, q_rank)
+        yield from _norm_rows(dims, KV_NORM, kv_rank)
 
 
 def _router_rows(model: ModelSpec) -> Iterator[Row]:

@@ -166,10 +166,10 @@ class Job:
             group.etp_rank,
         )
 
-    def numel(self, group: Group) -> int:
-        """Elements of all parameters of a member, in all its chunks; the spec has no part in it."""
+    def numel(self, group: Group, spec: LayerSpec) -> int:
+        """Elements of all parameters of a member, in all its chunks."""
         chunks = range(self.pipeline.num_chunks)
-        return sum(p.numel for chunk in chunks for p in self.params(group, chunk, "local"))
+        return sum(p.numel for chunk in chunks for p in self.params(group, chunk, spec))
 
     def weights(
         self, pp_rank: int, chunk: int, tp_rank: int, ep_rank: int, spec: LayerSpec
@@ -184,7 +184,7 @@ class Job:
     ) -> Iterator[tuple[BufferLayout, tuple[LocalParam, ...]]]:
         """The buffers of a group by ``gbuf_idx``, each with the parameters that its slots count."""
         chunks = [self.params(group, chunk, spec) for chunk in range(self.pipeline.num_chunks)]
-        numel = self.numel(group)
+        numel = self.numel(group, spec)
         rules = buffer_rules(self.args, self.layout)
         for chunk in group.chunks:
             size = bucket_size(self.args, self.layout, group.pp_rank, chunk, numel)

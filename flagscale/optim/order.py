@@ -114,7 +114,7 @@ def _attempt(
 def _by_rule(job: Job, spec: LayerSpec, listed: Orders, buffer: FlatBuffer) -> Iterable[FlatParam]:
     """The parameters of a buffer by upstream's rules for a layer spec."""
     key, chunk, params, indices = _members(job, buffer, spec, listed)
-    for layout in _layouts(job, buffer, key, chunk, params, indices):
+    for layout in _layouts(job, spec, buffer, key, chunk, params, indices):
         if layout.numel_unpadded == buffer.numel:
             return [FlatParam(params[slot.param], layout.compact(slot)[0]) for slot in layout.slots]
     raise CheckpointError(
@@ -171,6 +171,7 @@ def _listed(
 
 def _layouts(
     job: Job,
+    spec: LayerSpec,
     buffer: FlatBuffer,
     key: BufferKey,
     chunk: int,
@@ -181,7 +182,7 @@ def _layouts(
         yield stored_buffer(key, params, indices, buffer.bucket_numels)
         return
     rules = buffer_rules(job.args, job.layout)
-    numel = job.numel(buffer.group)
+    numel = job.numel(buffer.group, spec)
     size = bucket_size(job.args, job.layout, buffer.group.pp_rank, chunk, numel)
     for attempt in dict.fromkeys((size, None)):
         yield from (plan for plan in plan_buffers(params, rules, attempt) if plan.key == key)
@@ -199,8 +200,9 @@ def _by_map(job: Job, buffer: FlatBuffer, maps: Sequence[OptimizerMap]) -> Itera
             cure=f"remove {BUFFER_MAP_DIR}: the order is then proved",
         )
     mapped = found[0].buffers[buffer.gbuf]
-    by_name = {
-        param.name: param
+    # Specs may give one name to parameters of several shapes.
+    by_shape = {
+        (param.name, param.shape): param
         for spec in layer_specs(job.args)
         for param in job.params(group, mapped.chunk, spec)
     }
@@ -214,12 +216,13 @@ def _by_map(job: Job, buffer: FlatBuffer, maps: Sequence[OptimizerMap]) -> Itera
             cure=f"remove {BUFFER_MAP_DIR}: the order is then proved",
         )
     for entry in mapped.parameters:
-        param = by_name.get(entry.name)
-        if param is None or param.shape != entry.shape:
+        param = by_shape.get((entry.name, entry.shape))
+        if param is None:
+            shapes = [shape for name, shape in by_shape if name == entry.name]
             raise CheckpointError(
                 "the map of the buffers names a parameter that the model has not",
                 where=f"{buffer}, {entry.name}",
-                expected=f"one of shape {param.shape}" if param else "a name of the model",
+                expected=f"one of shape {shapes[0]}" if shapes else "a name of the model",
                 got=f"shape {entry.shape}",
             )
         shift = sum(numels[: entry.bucket]) - mapped.buckets[entry.bucket].start

@@ -21,6 +21,8 @@ _DECLARED = (
     "last_batch:GROUP",
     "load_checkpoint:GROUP",
     "log_interval:GROUP",
+    "mla_local:GROUP",
+    "mla_rope_gradient:GROUP",
     "rampup:GROUP",
     "rotary_fp32:GROUP",
     "torch_norms:GROUP",

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from harness import RunResult, train
 from harness.checkpoint import read_tensors
 from harness.corpus import model_argv
+from harness.families import megatron_arguments
 
+from flagscale.patches import mla_local
 from flagscale.patches.fused_adam import FusedAdam
 from flagscale.patches.load_checkpoint import BEGUN_MARKER
 
@@ -189,6 +194,88 @@ def test_log_interval(corpus: Path, tmp_path: Path) -> None:
     printed, (first, second) = logged_and_true("on")
     assert printed == pytest.approx(second, abs=2e-6)
     assert abs(first - second) > 1e-4
+
+
+def _latent_argv(corpus: Path, **more: object) -> list[str]:
+    """A DeepSeek-shaped model of one layer without experts, in fp32."""
+    latent = megatron_arguments("deepseek_v2", experts=False)
+    return model_argv(corpus, **{**latent, "num_layers": 1, "bf16": False, **more})
+
+
+def test_mla_local(corpus: Path, tmp_path: Path) -> None:
+    argv = _latent_argv(corpus, train_iters=2)
+    off = train(argv, tmp_path / "off", environ=_without("mla-local"))
+    assert off.exit_codes == [1]
+    assert "got an unexpected keyword argument 'k_channels'" in off.ranks[0].log
+    assert len(train(argv, tmp_path / "on").require_success().losses) == 2
+
+
+@pytest.mark.parametrize("v_head_dim", [3, 8])
+@pytest.mark.parametrize("softmax_scale", [None, 0.3])
+def test_mla_local_is_attention(v_head_dim: int, softmax_scale: float | None) -> None:
+    """The heads of queries and keys have 6 numbers, and the hidden size would give them 4."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core import parallel_state
+        from megatron.core.transformer import MLATransformerConfig
+        from megatron.core.transformer.dot_product_attention import DotProductAttention
+        from megatron.core.transformer.enums import AttnMaskType
+    (patch,) = mla_local.GROUP.patches
+    one_rank = SimpleNamespace(size=lambda: 1)
+    attention = DotProductAttention.__new__(DotProductAttention)
+    patch.replacement(DotProductAttention.__init__)(
+        attention,
+        MLATransformerConfig(
+            num_layers=1, hidden_size=8, num_attention_heads=2, attention_dropout=0.0
+        ),
+        layer_number=1,
+        attn_mask_type=AttnMaskType.causal,
+        attention_type="self",
+        pg_collection=SimpleNamespace(tp=one_rank),
+        softmax_scale=softmax_scale,
+        k_channels=6,
+        v_channels=v_head_dim,
+    )
+    attention.config.sequence_parallel = True  # no random state of a tensor parallel rank
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(5, 3, 2, size) for size in (6, 6, v_head_dim))
+    buffer = SimpleNamespace(get_tensor=lambda shape, dtype, name: torch.empty(shape, dtype=dtype))
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).triu(1)
+    with mock.patch.object(parallel_state, "get_global_memory_buffer", return_value=buffer):
+        found = attention(query, key, value, mask)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
+        is_causal=True,
+        scale=softmax_scale,
+    )
+    assert found.shape == (5, 3, 2 * v_head_dim)
+    torch.testing.assert_close(found, expected.permute(2, 0, 1, 3).flatten(2))
+
+
+def test_mla_rope_gradient(corpus: Path, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    argv = _latent_argv(corpus, train_iters=1, save=start, save_interval=1)
+    train(argv, tmp_path / "save").require_success()
+
+    def gaps(name: str, **more: object) -> list[float]:
+        """To the losses of one rank."""
+        argv = _latent_argv(
+            corpus, train_iters=4, load=start, finetune=True, no_load_optim=True, no_load_rng=True,
+            **more,
+        )  # fmt: skip
+        environ = _without("mla-rope-gradient") if name == "off" else None
+        nproc = 2 if more else 1
+        losses = train(argv, tmp_path / name, nproc, environ=environ).require_success().losses
+        one_rank.update({} if one_rank else losses)
+        return [abs(losses[i] - one_rank[i]) for i in (1, 2, 3, 4)]
+
+    one_rank: dict[int, float] = {}
+    gaps("one_rank")
+    off = gaps("off", tensor_model_parallel_size=2)
+    assert off[0] < 2e-6  # before the first gradient
+    assert max(off) > 4e-6
+    assert max(gaps("on", tensor_model_parallel_size=2)) < 2e-6
+    assert max(gaps("on+SP", tensor_model_parallel_size=2, sequence_parallel=True)) < 2e-6
 
 
 def test_rampup_batch_size(corpus: Path, tmp_path: Path) -> None:

@@ -179,9 +179,11 @@ def targets_of(source: Source) -> list[Target]:
     return [target for target in TARGETS.values() if target.name != "ep1" or source.has_experts]
 
 
-_STOCK = ("cpu-device", "cpu-initialize", "compile-helpers", "torch-norms", "adam")
+_STOCK = (
+    "cpu-device", "cpu-initialize", "compile-helpers", "torch-norms", "adam", "mla-local",
+)  # fmt: skip
 """The patch groups of a stock upstream on a CPU: its shim, what the wheel cannot start without,
-its norms and its Adam."""
+its norms, its Adam and its multi-latent attention."""
 
 
 def stock_environ() -> dict[str, str]:

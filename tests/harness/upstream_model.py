@@ -15,11 +15,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state
+    from megatron.core.extensions import transformer_engine_spec_provider
     from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.models.gpt import GPTModel, gpt_layer_specs
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer import (
+        MLATransformerConfig,
+        TransformerConfig,
+        multi_latent_attention,
+    )
     from megatron.core.transformer.mlp import MLPSubmodules
     from megatron.core.transformer.moe.experts import (
         GroupedMLPSubmodules,
@@ -27,6 +32,7 @@ with warnings.catch_warnings():
         TEGroupedMLP,
     )
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 __all__ = ["build_chunk", "one_rank", "transformer_config"]
 
@@ -38,6 +44,10 @@ _CONFIG_NAMES = (
     "expert_model_parallel_size", "expert_tensor_parallel_size", "tensor_model_parallel_size",
     "pipeline_model_parallel_size", "pipeline_model_parallel_layout",
     "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
+    "transformer_impl",
+)  # fmt: skip
+_LATENT_NAMES = (
+    "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rope_type",
 )  # fmt: skip
 
 
@@ -54,6 +64,15 @@ class _NormLinear(ColumnParallelLinear):
         if config.normalization == "LayerNorm":
             self.layer_norm_bias = torch.nn.Parameter(torch.empty(input_size))
         self._parameters.update(own)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> Any:
+        """The norm whole on every rank, the rest divided: as Transformer Engine's stores it."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True), prefix, {"weight": 0, "bias": 0}, sharded_offsets,
+            tp_group=self.tp_group, dp_cp_group=metadata["dp_cp_group"],
+        )  # fmt: skip
 
 
 class _GroupedLinear(torch.nn.Module):
@@ -84,8 +103,33 @@ class _GroupedLinear(torch.nn.Module):
                 setattr(self, f"{name}{index}", parameter)
 
 
+class _WholeLinear(torch.nn.Module):
+    """Registers what Transformer Engine's ``Linear`` does where every rank has all of it."""
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, bias: bool,
+        parallel_mode: str, **others: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        assert parallel_mode == "duplicated"
+        assert not bias
+        self.weight = torch.nn.Parameter(
+            torch.empty(output_size, input_size, dtype=config.params_dtype)
+        )
+
+
+class _CoreAttention(torch.nn.Module):
+    """Stands in for what has no parameters; upstream's own takes no sizes of heads."""
+
+    def __init__(self, *, k_channels: int = 0, v_channels: int = 0, **others: Any) -> None:
+        super().__init__()
+
+
 class _FusedProvider(LocalSpecProvider):
     """Stands in for the provider of Transformer Engine's modules, which is not installed."""
+
+    def linear(self) -> type:
+        return _WholeLinear
 
     def fuse_layernorm_and_linear(self) -> bool:
         return True
@@ -140,8 +184,10 @@ def one_rank(values: Mapping[str, Any], rank: int, world_size: int) -> Iterator[
 
 def transformer_config(values: Mapping[str, Any]) -> TransformerConfig:
     """Upstream's configuration of the model that these arguments describe."""
-    return TransformerConfig(
-        **{name: values[name] for name in _CONFIG_NAMES},
+    latent = values["multi_latent_attention"]
+    cls = MLATransformerConfig if latent else TransformerConfig
+    return cls(
+        **{name: values[name] for name in (*_CONFIG_NAMES, *(_LATENT_NAMES if latent else ()))},
         params_dtype=torch.bfloat16,
         bf16=True,
         pipeline_dtype=torch.bfloat16,
@@ -174,6 +220,9 @@ def build_chunk(values: Mapping[str, Any], config: TransformerConfig, chunk: int
     last_rank = pp_rank == values["pipeline_model_parallel_size"] - 1
     with (
         mock.patch.object(gpt_layer_specs, "TESpecProvider", _FusedProvider),
+        mock.patch.object(transformer_engine_spec_provider, "TESpecProvider", _FusedProvider),
+        mock.patch.object(multi_latent_attention, "TELinear", _WholeLinear),
+        mock.patch.object(LocalSpecProvider, "core_attention", return_value=_CoreAttention),
         mock.patch.object(gpt_layer_specs, "TENorm", WrappedTorchNorm),
     ):
         spec = get_gpt_decoder_block_spec(

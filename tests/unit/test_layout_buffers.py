@@ -237,6 +237,14 @@ BASE = known_options().defaults() | {
 }
 VPP = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
 MOE = {"num_experts": 4, "moe_layer_freq": 2, "expert_model_parallel_size": 2}
+LATENT = {
+    "rope_type": "rope",
+    "multi_latent_attention": True,
+    "kv_lora_rank": 20,
+    "qk_head_dim": 6,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 5,
+}
 
 
 @pytest.mark.parametrize("impl", ["local", "transformer_engine"])
@@ -251,6 +259,8 @@ MOE = {"num_experts": 4, "moe_layer_freq": 2, "expert_model_parallel_size": 2}
         (MOE | VPP | {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}, 8),
         ({"num_experts": 4, "ddp_num_buckets": 3, "ddp_bucket_size": None}, 2),
         ({"overlap_grad_reduce": False, "pipeline_model_parallel_size": 2}, 6),
+        (LATENT | {"q_lora_rank": 24, "qk_layernorm": True, "tensor_model_parallel_size": 2}, 4),
+        (LATENT | MOE | {"moe_layer_freq": [0, 1] * 2, "pipeline_model_parallel_size": 2}, 4),
     ],
 )
 def test_the_buffers_of_a_real_model(impl: str, changes: dict[str, Any], world_size: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from math import prod
 from typing import Any
@@ -78,10 +77,18 @@ def jobs(draw: st.DrawFn) -> dict[str, Any]:
     if "pipeline_model_parallel_layout" in pipeline:
         num_layers = pp_size + 2
     pattern = [int(i % 3 == 1) for i in range(num_layers)]
+    latent = draw(st.booleans())
     return {
+        "multi_latent_attention": latent,
+        "q_lora_rank": draw(st.sampled_from([None, 12, 20])),
+        "kv_lora_rank": draw(st.sampled_from([10, 24])),
+        "qk_head_dim": draw(st.sampled_from([4, 6])),
+        "qk_pos_emb_head_dim": draw(st.sampled_from([2, 4])),
+        "v_head_dim": draw(st.sampled_from([3, 6])),
+        "rope_type": draw(st.sampled_from(["rope", "yarn"])),
         **pipeline,
         "num_layers": num_layers,
-        "group_query_attention": draw(st.booleans()),
+        "group_query_attention": not latent and draw(st.booleans()),
         "num_query_groups": draw(st.sampled_from([1, 2, 4])),
         "kv_channels": draw(st.sampled_from([None, 6])),
         "swiglu": draw(st.booleans()),
@@ -223,10 +230,7 @@ def test_the_parts_are_the_shards_upstream_stores(job: tuple[dict[str, Any], int
                     (key, Box((*front, *box.offset), (*(1 for _ in front), *box.shape)))
                     for box, _ in param.parts
                 ]
-                # Nor do those for fused norms say anything of the norm.
-                found = theirs.pop(param.name, None)
-                if found is not None or not re.search(r"linear_\w+\.layer_norm_", param.name):
-                    assert found == expected
+                assert theirs.pop(param.name) == expected
             assert not theirs
 
 
@@ -364,6 +368,20 @@ def test_a_gate_and_an_up_part_are_the_two_halves_of_a_local_tensor() -> None:
             None,
             "decoder.layers.2.self_attention.linear_qkv.layer_norm_weight",
         ),
+        *(
+            (
+                f"decoder.layers.self_attention.{key}weight",
+                1,
+                f"decoder.layers.1.self_attention.{name}_layernorm.weight",
+            )
+            for key, name in (
+                ("linear_q_proj.layer_norm_", "q"),
+                ("linear_q_up_proj.layer_norm_", "q"),
+                ("q_layernorm.", "q"),
+                ("linear_kv_up_proj.layer_norm_", "kv"),
+                ("kv_layernorm.", "kv"),
+            )
+        ),
     ],
 )
 def test_a_stored_name_has_one_canonical_name(key: str, layer: int | None, name: str) -> None:
@@ -382,7 +400,10 @@ def test_a_name_of_no_layer_or_of_two_is_refused(key: str, layer: int | None) ->
 @pytest.mark.parametrize(
     ("change", "where"),
     [
-        ({"multi_latent_attention": True}, "--multi-latent-attention"),
+        ({"mla_down_proj_fusion": True}, "--mla-down-proj-fusion"),
+        ({"multi_latent_attention": True, "v_head_dim": None}, "--num-layers, --hidden-size"),
+        ({"multi_latent_attention": True, "q_lora_rank": 0}, "--num-layers, --hidden-size"),
+        ({"multi_latent_attention": True, "kv_lora_rank": "low"}, "arguments"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers"),
         ({"hybrid_layer_pattern": "M*-"}, "--hybrid-layer-pattern"),
         ({"heterogeneous_layers_config_path": "x"}, "--heterogeneous-layers-config-path"),
@@ -431,6 +452,29 @@ def test_arguments_of_an_older_release_may_lack_some() -> None:
     assert shapes["decoder.layers.1.mlp.linear_fc1.weight"] == (48, 16)
     assert model_spec(needed).dtype == "float32"
     assert layer_specs(needed) == ("transformer_engine", "local")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"q_lora_rank": 12, "tensor_model_parallel_size": 4}, None),
+        ({"q_lora_rank": 10, "tensor_model_parallel_size": 4}, "divisor of 10"),
+        ({"kv_lora_rank": 11, "tensor_model_parallel_size": 2}, "divisor of 15"),
+        ({"qk_layernorm": True}, "--q-lora-rank where"),
+    ],
+)
+def test_some_latent_attention_needs_transformer_engine(
+    changes: dict[str, Any], problem: str | None
+) -> None:
+    values = DEFAULTS | {"multi_latent_attention": True, "qk_pos_emb_head_dim": 4} | changes
+    for impl in ("local", "transformer_engine"):
+        given = values | {"transformer_impl": impl}
+        told = problem if impl == "local" else None
+        assert [p.expected for p in verify_arguments(given, 8) if told is None] == []
+        assert all(told in p.expected for p in verify_arguments(given, 8) if told)
+        assert bool(verify_arguments(given, 8)) is bool(told)
+        other = "local" if impl == "transformer_engine" else "transformer_engine"
+        assert layer_specs(given) == (("transformer_engine",) if problem else (impl, other))
 
 
 def test_norms_of_queries_and_keys_decay_where_asked_to() -> None:

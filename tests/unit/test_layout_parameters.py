@@ -115,6 +115,16 @@ def test_any_model_is_counted_as_upstream_builds_it(
     assert [(rank.dense, rank.experts) for rank in ranks] == upstream_counts(values)
 
 
+def test_multi_latent_attention_is_told_to_be_uncounted(options: OptionTable) -> None:
+    values = options.defaults() | {
+        "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "padded_vocab_size": 64,
+        "seq_length": 32, "multi_latent_attention": True,
+    }  # fmt: skip
+    assert uncounted(values) == "--multi-latent-attention"
+    with pytest.raises(ValueError, match="not counted"):
+        count_parameters(model_dims(values))
+
+
 @pytest.mark.parametrize(
     ("hidden_size", "multiple_of", "multiplier", "rows"),
     [
