@@ -20,7 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,10 @@ class OptionTable:
 
     def __init__(self, options: Iterable[Option]) -> None:
         self._by_key = {_key(option.name): option for option in options}
+
+    def __iter__(self) -> Iterator[Option]:
+        """All options, in the parser's order."""
+        return iter(self._by_key.values())
 
     def find(self, name: str, where: str) -> Option:
         """The option called ``name``, with or without leading dashes.

@@ -1,0 +1,1 @@
+"""Converts checkpoints between Megatron and Hugging Face, and proves that they are equal."""

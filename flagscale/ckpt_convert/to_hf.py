@@ -1,0 +1,248 @@
+"""A Megatron checkpoint as a Hugging Face model: the plan, its execution, its proof."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from flagscale.ckpt_convert import companions
+from flagscale.ckpt_convert.card import model_card
+from flagscale.ckpt_convert.families import Family, family_of_arguments, family_of_config
+from flagscale.ckpt_convert.features import Arguments
+from flagscale.ckpt_convert.proof.claim import Claim
+from flagscale.ckpt_convert.tensors import HFTensor, Shape, hf_tensors, pieces_in
+from flagscale.ckpt_copy import run as copying
+from flagscale.ckpt_copy.run import Copy
+from flagscale.ckpt_io.output import OutputFile
+from flagscale.ckpt_io.safetensors_plan import PlannedTensor, plan_files
+from flagscale.errors import CheckpointError, ConfigError
+from flagscale.optim.source import Source, damage_named
+
+__all__ = ["COMPANIONS", "Dtype", "Export", "plan_export"]
+
+COMPANIONS: Final = "hf"
+"""In the directory of an iteration: the configuration and tokenizer of the Hugging Face model that
+it was converted from."""
+
+Dtype = Literal["bf16", "fp16", "fp32", "as-saved"]
+
+_DTYPES: Final = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is to be written, all of it, before anything is.
+
+    Args:
+        source: The opened checkpoint.
+        family: Of the model.
+        shape: What decides how tensors are cut.
+        tensors: Of the Hugging Face model.
+        dtype: Torch's name of their element type, but for those that have one of their own.
+        files: Those of the weights; then the others.
+        copy: How to fill them.
+        notes: What whoever uses the model must know.
+    """
+
+    source: Source
+    family: Family
+    shape: Shape
+    tensors: tuple[HFTensor, ...]
+    dtype: str
+    files: tuple[OutputFile, ...]
+    copy: Copy
+    notes: tuple[str, ...]
+
+    def claim(self, hf_dir: Path) -> Claim:
+        """What is to be proved of a directory that holds the model."""
+        return Claim(self.source, hf_dir, self.tensors, self.shape, self.dtype)
+
+
+def plan_export(
+    source: Source,
+    *,
+    family: str = "auto",
+    dtype: Dtype = "as-saved",
+    max_shard_size: int | str = "5GB",
+    tokenizer: Path | None = None,
+    like: Path | None = None,
+    architectures: str | None = None,
+) -> Export:
+    """Plan an export and check the plan to the last element; no tensor is read.
+
+    Args:
+        source: The opened checkpoint; its weights are enough.
+        family: Name of the model family; ``"auto"``: whichever has the model's features.
+        dtype: Of the tensors.
+        max_shard_size: Of a file, in bytes or in words (``"5GB"`` is 5 x 1000^3).
+        tokenizer: Directory of the tokenizer; ``None``: the one the checkpoint came with, or was
+            trained with.
+        like: Directory of a Hugging Face model, for what a checkpoint does not know: fields of its
+            configuration, settings of generation, the tokenizer.
+        architectures: Another name for the model class.
+
+    Raises:
+        ConfigError: An argument is wrong, or the tokenizer does not fit.
+        CheckpointError: The model is of no family, or has tensors that its family does not.
+    """
+    args = Arguments(vars(source.args))
+    like = like or _companions(source)
+    if family == "auto" and like is not None:  # tells apart what the tensors alone do not
+        family = family_of_config(companions.read_json(like / companions.CONFIG)).name
+    chosen = family_of_arguments(args, family)
+    place = tokenizer or _tokenizer_of(args, like)
+    vocab_size, ids, notes = _vocabulary(source, args, place)
+    shape = Shape.of(args, source.job.model, vocab_size)
+    tensors = tuple(hf_tensors(chosen.rows, shape))
+    _verify_complete(source, tensors, shape)
+    element = _DTYPES.get(dtype, source.job.model.dtype)
+    fields = {
+        **chosen.config(args),
+        "architectures": [_architecture(chosen, architectures)],
+        "dtype": element,
+        "vocab_size": vocab_size,
+    }
+    planned = plan_files(
+        [
+            PlannedTensor(
+                tensor.name,
+                tensor.dtype or element,
+                tensor.shape,
+                tensor.block,
+                source.job.tensors[tensor.canonical].trained,
+            )
+            for tensor in tensors
+        ],
+        max_shard_size,
+    )
+    texts = _texts(source, chosen, fields, like, place, ids)
+    files = (*planned.files, *(_text_file(path, data) for path, data in sorted(texts.items())))
+    places = {name: (path, hole.offset, hole.dtype) for name, (path, hole) in planned.holes.items()}
+    weights, targets = source.of_kind("weight"), tuple(pieces_in(tensors, places))
+    copy = copying.prepare(
+        source.directory,
+        weights,
+        files,
+        targets,
+        conversions=copying.conversions(weights, targets),
+    )
+    return Export(source, chosen, shape, tensors, element, files, copy, tuple(notes))
+
+
+def _companions(source: Source) -> Path | None:
+    place = source.directory / COMPANIONS
+    return place if (place / companions.CONFIG).is_file() else None
+
+
+def _tokenizer_of(args: Arguments, like: Path | None) -> Path | None:
+    """The directory of the tokenizer that the model was trained with, as far as it is there."""
+    trained = Path(str(args["tokenizer_model"] or "/dev/null"))
+    for place in (like, trained):
+        if place is not None and place.is_dir() and companions.companion_files(place):
+            return place
+    return None
+
+
+def _vocabulary(
+    source: Source, args: Arguments, place: Path | None
+) -> tuple[int, dict[str, int | None], list[str]]:
+    """The number of real tokens, the ids of special ones, and what is to be told about both."""
+    padded = source.job.model.dims.padded_vocab_size or 0
+    if place is None:
+        vocab_size = args["vocab_size"] or padded
+        note = "no tokenizer was found, so none is written: --tokenizer DIR"
+        return int(vocab_size), {}, [note]
+    tokenizer = companions.load_tokenizer(place)
+    vocab_size = int(args["vocab_size"] or len(tokenizer))
+    if not 0 < vocab_size <= padded:
+        raise ConfigError(
+            "the vocabulary does not fit the model",
+            where=str(place),
+            expected=f"at most {padded} tokens",
+            got=vocab_size,
+            cure="give the tokenizer that the model was trained with",
+        )
+    companions.verify_tokenizer(tokenizer, vocab_size, str(place))
+    return vocab_size, companions.special_ids(tokenizer), []
+
+
+def _architecture(family: Family, asked: str | None) -> str:
+    known = (family.architecture, *family.other_architectures)
+    if asked is not None and asked not in known:
+        raise ConfigError(
+            "the family has no such model class",
+            where="--architectures",
+            expected=" or ".join(known),
+            got=asked,
+        )
+    return asked or family.architecture
+
+
+def _texts(
+    source: Source,
+    family: Family,
+    fields: Mapping[str, Any],
+    like: Path | None,
+    tokenizer: Path | None,
+    ids: Mapping[str, int | None],
+) -> dict[str, bytes]:
+    """The files beside the weights, by path."""
+    config: dict[str, Any] = {}
+    generation: dict[str, Any] | None = None
+    if like is not None:
+        config = companions.read_json(like / companions.CONFIG)
+        if config.get("model_type") != family.model_type:
+            raise ConfigError(
+                "the model that the export is to be like is of another kind",
+                where=str(like / companions.CONFIG),
+                expected=f"model_type {family.model_type}",
+                got=config.get("model_type"),
+                cure="another --like, or --family",
+            )
+        config, ids = companions.completed_config(config), {}  # that model's own
+        if _says_the_same(family, config, vars(source.args)):
+            fields = {key: fields[key] for key in ("architectures", "dtype", "vocab_size")}
+        if (like / companions.GENERATION_CONFIG).is_file():
+            generation = companions.read_json(like / companions.GENERATION_CONFIG)
+    files = companions.config_files(family.model_type, fields, config, generation, ids)
+    if tokenizer is not None:
+        files |= companions.companion_files(tokenizer)
+    return files | {"README.md": model_card(source, family, fields).encode()}
+
+
+def _says_the_same(family: Family, config: Mapping[str, Any], args: Mapping[str, Any]) -> bool:
+    """Whether a configuration describes the model, and so can be kept word for word."""
+    with damage_named(Path(companions.CONFIG)):
+        return all(args.get(key) == value for key, value in family.arguments(config).items())
+
+
+def _text_file(path: str, data: bytes) -> OutputFile:
+    return OutputFile(path, len(data), ((0, data),) if data else ())
+
+
+def _verify_complete(source: Source, tensors: Iterable[HFTensor], shape: Shape) -> None:
+    """Every element of the source's weights, pad rows aside, is in exactly one tensor.
+
+    Parts of a tensor never overlap, and neither do those of different rows of a table, which a test
+    holds for every family; so it is enough to count.
+    """
+    used: dict[str, int] = {}
+    for tensor in tensors:
+        used[tensor.canonical] = used.get(tensor.canonical, 0) + prod(tensor.shape)
+    vocabulary = {tensor.canonical for tensor in tensors if tensor.take == "vocab"}
+    padded = shape.model.dims.padded_vocab_size or 1
+    for name, canonical in source.job.tensors.items():
+        expected = prod(canonical.shape)
+        if name in vocabulary:
+            expected = expected // padded * shape.vocab_size
+        if used.get(name, 0) != expected:
+            raise CheckpointError(
+                "the model has a tensor that its family does not",
+                where=f"{source.directory}, {name}",
+                expected=f"{expected:,} elements used",
+                got=f"{used.get(name, 0):,}",
+                cure="another --family, or a row for it: docs/convert.md",
+            )
