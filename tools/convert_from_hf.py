@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--target-ckpt-format", choices=("torch_dist", "torch"), default="torch_dist")
     add("--dtype", choices=tuple(_DTYPES), default="as-saved")
     add(
+        "--transformer-impl",
+        choices=("transformer_engine", "local"),
+        default="transformer_engine" if find_spec("transformer_engine") else "local",
+        help="of the job, as upstream calls it; torch_dist serves either (default here: "
+        "%(default)s)",
+    )
+    add(
         "--make-vocab-size-divisible-by",
         dest="divisible_by",
         type=int,
@@ -71,7 +79,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     refuse_inside(arguments.load_dir, arguments.save_dir)
     told = vars(arguments)
     planned = plan_import(
-        open_hf(arguments.load_dir, _DTYPES[arguments.dtype]),
+        open_hf(arguments.load_dir, _DTYPES[arguments.dtype], arguments.transformer_impl),
         Request(**{name: told[name] for name in Request.__annotations__ if name in told}),
         known_options(),
         ckpt_format=arguments.target_ckpt_format,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -23,6 +24,7 @@ __all__ = [
     "companion_files",
     "completed_config",
     "config_files",
+    "is_read_alike",
     "load_tokenizer",
     "read_json",
     "special_ids",
@@ -38,6 +40,7 @@ _TOKENIZER: Final = (
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 _MAX_BYTES: Final = 256 << 20  # of a companion; the largest tokenizers have about 30 MB
+_TEXT: Final = "What did the model read? 3.5 tokens,\n\tand 训练 <|endoftext|></s> it's so."
 _IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -108,6 +111,27 @@ def verify_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where:
             got=f"{largest}, of {len(tokenizer)} tokens",
             cure="give the tokenizer that the model was trained with",
         )
+
+
+def is_read_alike(files: Mapping[str, bytes], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a model's directory gives back the tokenizer that it was written with.
+
+    Not always: for some types of model transformers takes a class of its own, whatever the
+    tokenizer's files say, and that may split text in another way.
+
+    Args:
+        files: Of the directory, without weights, by path.
+        tokenizer: The right one.
+    """
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, data in files.items():
+            path = Path(scratch, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        again = AutoTokenizer.from_pretrained(scratch, local_files_only=True)
+        return bool(again(_TEXT)["input_ids"] == tokenizer(_TEXT)["input_ids"])
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:

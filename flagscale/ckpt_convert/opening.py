@@ -18,6 +18,8 @@ from flagscale.ckpt_io.sources import Sources
 from flagscale.ckpt_io.values import StoredTensor
 from flagscale.errors import CheckpointError
 from flagscale.layout.pieces import TensorKey
+from flagscale.layout.rows import LayerSpec
+from flagscale.optim.extra_state import expected_states
 from flagscale.optim.job import Job
 from flagscale.optim.source import Source, damage_named
 
@@ -47,12 +49,15 @@ class HFModel:
     tensors: tuple[HFTensor, ...]
 
 
-def open_hf(directory: Path, dtype: str | None = None) -> HFModel:
+def open_hf(
+    directory: Path, dtype: str | None = None, spec: LayerSpec = "transformer_engine"
+) -> HFModel:
     """Open a model as ``save_pretrained`` writes it; no tensor is loaded.
 
     Args:
         directory: Holds ``config.json`` and safetensors.
         dtype: Torch's name of the type that Megatron shall have; ``None``: that of the tensors.
+        spec: Which modules the layers of the job are made of. ``torch_dist`` serves either.
 
     Raises:
         CheckpointError: It is damaged, of no known family, or its tensors are not those that its
@@ -64,6 +69,7 @@ def open_hf(directory: Path, dtype: str | None = None) -> HFModel:
     config = companions.completed_config(config)
     with damage_named(directory / companions.CONFIG):
         args = _arguments(family, config, dtype or _element_type(stored.tensors, directory))
+        args.transformer_impl = spec
         job = Job.saved(args, str(directory))
         shape = Shape.of(vars(args), job.model, int(config["vocab_size"]))
         tensors = _tensors(family, shape, stored.tensors)
@@ -84,6 +90,8 @@ def open_hf(directory: Path, dtype: str | None = None) -> HFModel:
         common={"checkpoint_version": 3.0, "iteration": 0},
         optimizers=(),
         rng={},
+        extra_states=expected_states(job.tensors),
+        spec=spec,
     )
     return HFModel(source, family, config, shape, tensors)
 
@@ -137,7 +145,6 @@ def _arguments(family: Family, config: Mapping[str, Any], dtype: str) -> Namespa
             "moe_router_topk": 2,
             "padded_vocab_size": config["vocab_size"],
             "vocab_size": config["vocab_size"],
-            "transformer_impl": "local",
             "use_distributed_optimizer": True,
         }
         | model

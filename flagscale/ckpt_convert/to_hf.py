@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from flagscale.ckpt_convert import companions
 from flagscale.ckpt_convert.card import model_card
@@ -20,6 +20,9 @@ from flagscale.ckpt_io.output import OutputFile
 from flagscale.ckpt_io.safetensors_plan import PlannedTensor, plan_files
 from flagscale.errors import CheckpointError, ConfigError
 from flagscale.optim.source import Source, damage_named
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["COMPANIONS", "Dtype", "Export", "plan_export"]
 
@@ -94,7 +97,8 @@ def plan_export(
         family = family_of_config(companions.read_json(like / companions.CONFIG)).name
     chosen = family_of_arguments(args, family)
     place = tokenizer or _tokenizer_of(args, like)
-    vocab_size, ids, notes = _vocabulary(source, args, place)
+    reader = companions.load_tokenizer(place) if place else None
+    vocab_size = _vocab_size(source, args, reader, place)
     shape = Shape.of(args, source.job.model, vocab_size)
     tensors = tuple(hf_tensors(chosen.rows, shape))
     _verify_complete(source, tensors, shape)
@@ -106,18 +110,9 @@ def plan_export(
         "vocab_size": vocab_size,
     }
     planned = plan_files(
-        [
-            PlannedTensor(
-                tensor.name,
-                tensor.dtype or element,
-                tensor.shape,
-                tensor.block,
-                source.job.tensors[tensor.canonical].trained,
-            )
-            for tensor in tensors
-        ],
-        max_shard_size,
+        [_planned(source, tensor, tensor.dtype or element) for tensor in tensors], max_shard_size
     )
+    ids = companions.special_ids(reader) if reader else {}
     texts = _texts(source, chosen, fields, like, place, ids)
     files = (*planned.files, *(_text_file(path, data) for path, data in sorted(texts.items())))
     places = {name: (path, hole.offset, hole.dtype) for name, (path, hole) in planned.holes.items()}
@@ -129,7 +124,7 @@ def plan_export(
         targets,
         conversions=copying.conversions(weights, targets),
     )
-    return Export(source, chosen, shape, tensors, element, files, copy, tuple(notes))
+    return Export(source, chosen, shape, tensors, element, files, copy, _notes(texts, reader))
 
 
 def _companions(source: Source) -> Path | None:
@@ -146,17 +141,14 @@ def _tokenizer_of(args: Arguments, like: Path | None) -> Path | None:
     return None
 
 
-def _vocabulary(
-    source: Source, args: Arguments, place: Path | None
-) -> tuple[int, dict[str, int | None], list[str]]:
-    """The number of real tokens, the ids of special ones, and what is to be told about both."""
+def _vocab_size(
+    source: Source, args: Arguments, reader: PreTrainedTokenizerBase | None, place: Path | None
+) -> int:
+    """The number of real tokens, which the tokenizer must fit."""
     padded = source.job.model.dims.padded_vocab_size or 0
-    if place is None:
-        vocab_size = args["vocab_size"] or padded
-        note = "no tokenizer was found, so none is written: --tokenizer DIR"
-        return int(vocab_size), {}, [note]
-    tokenizer = companions.load_tokenizer(place)
-    vocab_size = int(args["vocab_size"] or len(tokenizer))
+    if reader is None:
+        return int(args["vocab_size"] or padded)
+    vocab_size = int(args["vocab_size"] or len(reader))
     if not 0 < vocab_size <= padded:
         raise ConfigError(
             "the vocabulary does not fit the model",
@@ -165,8 +157,24 @@ def _vocabulary(
             got=vocab_size,
             cure="give the tokenizer that the model was trained with",
         )
-    companions.verify_tokenizer(tokenizer, vocab_size, str(place))
-    return vocab_size, companions.special_ids(tokenizer), []
+    companions.verify_tokenizer(reader, vocab_size, str(place))
+    return vocab_size
+
+
+def _planned(source: Source, tensor: HFTensor, dtype: str) -> PlannedTensor:
+    trained = source.job.tensors[tensor.canonical].trained
+    return PlannedTensor(tensor.name, dtype, tensor.shape, tensor.block, trained)
+
+
+def _notes(texts: Mapping[str, bytes], reader: PreTrainedTokenizerBase | None) -> tuple[str, ...]:
+    if reader is None:
+        return ("no tokenizer was found, so none is written: --tokenizer DIR",)
+    if companions.is_read_alike(texts, reader):
+        return ()
+    return (
+        "AutoTokenizer takes another class for this type of model and splits text otherwise: load "
+        "the tokenizer with PreTrainedTokenizerFast.from_pretrained",
+    )
 
 
 def _architecture(family: Family, asked: str | None) -> str:

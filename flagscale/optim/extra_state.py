@@ -10,17 +10,29 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
-from flagscale.layout.model import ModelSpec
+from flagscale.layout.model import CanonicalTensor, ModelSpec
 from flagscale.layout.pipeline import Pipeline
 
-__all__ = ["ExtraState", "from_local", "from_stored", "to_local", "to_stored"]
+__all__ = [
+    "CORE_ATTENTION",
+    "ExtraState",
+    "expected_states",
+    "from_local",
+    "from_stored",
+    "to_local",
+    "to_stored",
+]
 
 _STORED: Final = re.compile(
     r"decoder\.layers\.(?:(\d+)\.)?(.+)\._extra_state/shard_([\d.]+)_[\d.]+", re.DOTALL
 )
 _LOCAL: Final = re.compile(r"decoder\.layers\.(\d+)\.(.+)\._extra_state", re.DOTALL)
 _LOCAL_EXPERT: Final = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)", re.DOTALL)
+_LINEAR: Final = re.compile(r"decoder\.layers\.(\d+)\.(.+\.linear_\w+)\.weight", re.DOTALL)
 _EXPERTS: Final = "mlp.experts.experts."
+
+CORE_ATTENTION: Final = "self_attention.core_attention"
+"""A module that has such a state with Transformer Engine alone."""
 
 
 class ExtraState(NamedTuple):
@@ -35,6 +47,23 @@ class ExtraState(NamedTuple):
     layer: int
     module: str
     expert: int | None
+
+
+def expected_states(tensors: Mapping[str, CanonicalTensor]) -> dict[ExtraState, None]:
+    """The states of a model that no job has saved: of every linear layer, and of attention.
+
+    Args:
+        tensors: Of the model, by canonical name.
+    """
+    states: dict[ExtraState, None] = {}
+    for name, tensor in tensors.items():
+        if not (match := _LINEAR.fullmatch(name)):
+            continue
+        layer, module = int(match[1]), match[2]
+        states[ExtraState(layer, CORE_ATTENTION, None)] = None
+        experts = range(tensor.shape[0]) if module.startswith(_EXPERTS) else (None,)
+        states |= dict.fromkeys(ExtraState(layer, module, expert) for expert in experts)
+    return states
 
 
 def from_stored(key: str) -> ExtraState | None:

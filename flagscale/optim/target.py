@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from math import prod
 from typing import Any, Final, Literal
 
@@ -14,7 +15,7 @@ from flagscale.ckpt_io.torch_dist_plan import ChunkKey, TensorPlan, plan_checkpo
 from flagscale.ckpt_io.values import TensorSlot
 from flagscale.errors import ConfigError
 from flagscale.layout.boxes import Box
-from flagscale.layout.model import LocalParam, stored_name
+from flagscale.layout.model import LayerSpec, LocalParam, layer_specs, stored_name
 from flagscale.layout.parallel import BatchSizes, raise_problems, verify_layout
 from flagscale.layout.pieces import (
     DTYPE_BYTES,
@@ -25,7 +26,7 @@ from flagscale.layout.pieces import (
     dense_strides,
 )
 from flagscale.optim.carry import Request, rng_states, target_args, target_optimizers
-from flagscale.optim.extra_state import to_local, to_stored
+from flagscale.optim.extra_state import CORE_ATTENTION, to_local, to_stored
 from flagscale.optim.flat import FlatParam, FlatRun, flat_pieces, gaps, local_pieces
 from flagscale.optim.job import Group, Job
 from flagscale.optim.source import Source
@@ -253,6 +254,12 @@ class _TorchDist(_Format):
         for extra_state, value in self.source.extra_states.items():
             yield to_stored(extra_state, self.job.model), value
 
+    def _specs(self) -> tuple[LayerSpec, ...]:
+        """Whose names tensors are given: a source that no job has saved is to serve either spec."""
+        if self.source.ckpt_format == "safetensors":
+            return layer_specs(self.job.args)
+        return (self.source.spec,)
+
     def _add_named(
         self,
         kinds: Iterable[str],
@@ -262,15 +269,14 @@ class _TorchDist(_Format):
     ) -> None:
         """Tensors that are stored by name, whole; chunks of one layer."""
         model = self.job.model
-        for kind in kinds:
-            for name, tensor in self.job.tensors.items():
-                if kind != "weight" and not tensor.trained:
-                    continue
-                stored = stored_name(model, name, self.source.spec)
+        for kind, (name, tensor) in product(kinds, self.job.tensors.items()):
+            if kind != "weight" and not tensor.trained:
+                continue
+            dtype = tensor.dtype if kind == "weight" else "float32"
+            for stored in dict.fromkeys(stored_name(model, name, spec) for spec in self._specs()):
                 key = stored.key if kind == "weight" else f"optimizer.state.{kind}.{stored.key}"
                 lead = () if stored.layer is None else (stored.layer,)
                 shape = (*(model.dims.num_layers for _ in lead), *tensor.shape)
-                dtype = tensor.dtype if kind == "weight" else "float32"
                 tensors[key] = TensorPlan(shape, dtype)
                 for box in _chunks(tensor.shape, dtype):
                     ones = (1,) * len(lead)
@@ -390,7 +396,12 @@ class _Legacy(_Format):
                 model[param.name] = TensorSlot(param.dtype, param.shape, key)
                 held[key] = (param, [], param.numel)
             at = (place.pp_rank, chunk)
-            model |= to_local(source.extra_states, job.pipeline, at, own)
+            states = {
+                state: value
+                for state, value in source.extra_states.items()
+                if source.spec != "local" or state.module != CORE_ATTENTION
+            }
+            model |= to_local(states, job.pipeline, at, own)
             state["model" if chunks == 1 else f"model{chunk}"] = model
         if optimizers:
             state["optimizer"] = list(optimizers) if len(optimizers) > 1 else optimizers[0]

@@ -22,7 +22,10 @@ from harness.program import TOOLS, Ended, content, run_program
 from harness.saved_job import ITERATION, job_args
 from harness.synthetic import Synthetic
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WEIGHTS = "model.safetensors"
 VOCAB = 61  # of job_args, which pads it to 64
@@ -359,3 +362,21 @@ def test_the_digests_are_those_of_the_files(model: Path) -> None:
     manifest = json.loads((model / "integrity.json").read_text())["files"]
     for name, digest in manifest.items():
         assert hashlib.sha256((model / name).read_bytes()).hexdigest() == digest
+
+
+def test_a_tokenizer_that_transformers_would_misread_is_told(tmp_path: Path) -> None:
+    """For Qwen2 it takes a class of its own, which knows nothing of words."""
+    words = WordLevel({f"w{token}": token for token in range(VOCAB)}, unk_token="w0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "t")
+    told = {}
+    for name, more in (("llama", {}), ("qwen2", {"add_qkv_bias": True})):
+        Synthetic(job_args(**more), "dp_reshardable", "local").write(tmp_path / name)
+        ended = to_hf(
+            "--load-dir", tmp_path / name, "--save-dir", tmp_path / "x", "--dry-run",
+            "--tokenizer", tmp_path / "t",
+        )  # fmt: skip
+        assert ended.code == 0, ended.err
+        told[name] = "AutoTokenizer takes another class" in ended.out
+    assert told == {"llama": False, "qwen2": True}

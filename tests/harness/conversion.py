@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 import transformers
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from flagscale.ckpt_convert.proof.claim import Proof, prove
@@ -40,6 +41,9 @@ LAYOUTS = {
     ),
 }
 """By name: ranks, and the arguments that spread a model over them."""
+
+
+_END = "<|end|>"
 
 
 @dataclass(frozen=True)
@@ -69,20 +73,22 @@ def train_family(
         *megatron_words(family), *words, *more, "--data-path", corpus, "--save", save,
         "--save-interval", iterations, "--train-iters", iterations,
     ]  # fmt: skip
-    if layout == "TP2xPP2" and "--num-experts" in argv:
+    if layout.startswith("TP2") and "--num-experts" in argv:
         argv.append("--sequence-parallel")  # upstream asks for it with experts
     train(argv, work / "train", nproc, timeout_s=300).require_success()
     return save
 
 
 def write_tokenizer(directory: Path, vocab_size: int = VOCAB_SIZE) -> Path:
-    """A tokenizer with a word for every token."""
-    words = {f"w{token}": token for token in range(vocab_size)}
-    model = Tokenizer(WordLevel(words, unk_token="w0"))
-    model.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=model, eos_token=f"w{vocab_size - 1}", pad_token="w0"
-    )
+    """A tokenizer of single bytes, of which it knows as many as there is room for.
+
+    Byte-level, as whatever class transformers chooses by the type of the model can read it.
+    """
+    alphabet = sorted(ByteLevel.alphabet())[: vocab_size - 1]
+    model = Tokenizer(BPE({symbol: token for token, symbol in enumerate(alphabet)}, []))
+    model.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    model.decoder = ByteLevelDecoder()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token=_END, pad_token=_END)
     tokenizer.save_pretrained(directory)
     return directory
 
@@ -110,7 +116,7 @@ def judge(hf_dir: Path) -> Judged:
             hf_dir, local_files_only=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
-        prompt = tokenizer("w3 w5 w8", return_tensors="pt", return_token_type_ids=False)
+        prompt = tokenizer("What did the model", return_tensors="pt", return_token_type_ids=False)
         with torch.no_grad():
             ids = model.generate(**prompt, max_new_tokens=8, do_sample=False)
         text = tokenizer.decode(ids[0])

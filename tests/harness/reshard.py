@@ -43,6 +43,7 @@ __all__ = [
     "reshard",
     "reshard_online",
     "resume",
+    "run_stock",
     "stock_environ",
     "targets_of",
     "train_source",
@@ -201,6 +202,11 @@ def _run(
     with mock.patch.object(worker, "run_rank", run_observed_rank):
         orders_environ = {ORDERS: json.dumps(orders, default=str), **environ}
         return train(argv, work_dir, nproc, environ=orders_environ, timeout_s=timeout_s)
+
+
+def run_stock(argv: Sequence[object], work_dir: Path, nproc: int) -> RunResult:
+    """Let stock upstream train; as :func:`harness.train`, and only its losses are watched."""
+    return _run(argv, work_dir, nproc, {"watch": True}, stock_environ(), 120.0)
 
 
 @dataclass(frozen=True)
