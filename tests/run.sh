@@ -36,12 +36,15 @@ status=0
 stage() { # NAME [FOLDER...]
   printf '== %s tests\n' "$1"
   local code=0
-  "$PY" -m pytest --junit-xml="$reports/$1.xml" "${@:2}" "${options[@]}" || code=$?
+  "$PY" -m pytest --junit-xml="$reports/$1.xml" -n "$workers" --dist loadfile "${@:2}" \
+    "${options[@]}" || code=$?
   # pytest says 5 when it ran nothing. A -k that leaves one stage empty is fine: what counts is
   # that the whole is not empty.
   if ((code != 0 && !(code == 5 && ${#options[@]}))); then status=$code; fi
 }
 options=("$@")
+# Much of a test is waiting for processes to start; more workers than that only get in their way.
+workers=$(($(nproc) < 4 ? $(nproc) : 4))
 stage fast tests/unit
 slow=()
 for folder in tests/distributed tests/functional; do

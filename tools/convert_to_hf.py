@@ -58,6 +58,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default="auto",
         help="logits, and weights, where the model fits in memory; else weights (default: auto)",
     )
+    add(
+        "--with-optimizer",
+        action="store_true",
+        help="write the optimizer's states too, as safetensors in optimizer/",
+    )
     add_copy_arguments(parser)
     return parser.parse_args(argv)
 
@@ -72,7 +77,9 @@ def _convert(arguments: argparse.Namespace) -> int:
     from flagscale.ckpt_convert.to_hf import plan_export
     from flagscale.optim.opening import open_source
 
-    source = open_source(arguments.load_dir, arguments.iteration, weights_only=True)
+    source = open_source(
+        arguments.load_dir, arguments.iteration, weights_only=not arguments.with_optimizer
+    )
     export = plan_export(
         source,
         family=arguments.family,
@@ -81,6 +88,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         tokenizer=arguments.tokenizer,
         like=arguments.like,
         architectures=arguments.architectures,
+        with_optimizer=arguments.with_optimizer,
     )
     print("\n".join(_described(export, arguments)))
     if arguments.check is None:
@@ -100,13 +108,16 @@ def _check(export: Export, arguments: argparse.Namespace) -> int:
 
 
 def _write(export: Export, arguments: argparse.Namespace) -> int:
-    from flagscale.ckpt_convert.proof.claim import prove
+    from flagscale.ckpt_convert.proof.claim import prove, verify_tensors
     from flagscale.ckpt_copy.run import run
 
     told: list[str] = []
 
     def proved(staged: Path) -> None:
         told.extend(prove(export.claim(staged), arguments.verify).report())
+        for claim in export.state_claims(staged) if arguments.verify != "none" else ():
+            verify_tensors(claim)
+            told.append(f"{claim.kind:<20}{len(claim.tensors):,} tensors: equal")
 
     with progress("writing", export.copy.plan.total_bytes) as on_progress:
         outcome = run(

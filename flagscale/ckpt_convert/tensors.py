@@ -122,10 +122,11 @@ class HFTensor:
         """
         return None if self.expert is None else f"{self.canonical} {self.take}"
 
-    def pieces(self, dtype: str, file: str, offset: int) -> Iterator[Piece]:
+    def pieces(self, kind: str, dtype: str, file: str, offset: int) -> Iterator[Piece]:
         """The parts as pieces of a file.
 
         Args:
+            kind: Of the canonical tensor: the weight, or a state of the optimizer.
             dtype: Torch's name of the element type in the file.
             file: Path of the file.
             offset: Bytes from its start to the tensor, which lies there densely.
@@ -134,7 +135,7 @@ class HFTensor:
         for part in self.parts:
             strides = tuple(step * itemsize for step in part.strides)
             region = Region(file, offset + part.offset * itemsize, strides)
-            yield Piece(TensorKey("weight", self.canonical), part.box, dtype, region)
+            yield Piece(TensorKey(kind, self.canonical), part.box, dtype, region)
 
 
 def hf_tensors(rows: Iterable[Row], shape: Shape) -> Iterator[HFTensor]:
@@ -162,17 +163,20 @@ def hf_tensors(rows: Iterable[Row], shape: Shape) -> Iterator[HFTensor]:
 
 
 def pieces_in(
-    tensors: Iterable[HFTensor], places: Mapping[str, tuple[str, int, str]]
+    tensors: Iterable[HFTensor],
+    places: Mapping[str, tuple[str, int, str]],
+    kind: str = "weight",
 ) -> Iterator[Piece]:
     """The pieces of tensors in files.
 
     Args:
         tensors: The tensors.
         places: File, offset in bytes and element type of each, by name.
+        kind: Of the canonical tensors: the weights, or a state of the optimizer.
     """
     for tensor in tensors:
         file, offset, dtype = places[tensor.name]
-        yield from tensor.pieces(dtype, file, offset)
+        yield from tensor.pieces(kind, dtype, file, offset)
 
 
 def _layers(

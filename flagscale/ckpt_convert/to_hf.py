@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -19,16 +20,20 @@ from flagscale.ckpt_copy.run import Copy
 from flagscale.ckpt_io.output import OutputFile
 from flagscale.ckpt_io.safetensors_plan import PlannedTensor, plan_files
 from flagscale.errors import CheckpointError, ConfigError
+from flagscale.layout.pieces import OPTIMIZER_KINDS, Piece
 from flagscale.optim.source import Source, damage_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["COMPANIONS", "Dtype", "Export", "plan_export"]
+__all__ = ["COMPANIONS", "OPTIMIZER", "Dtype", "Export", "plan_export"]
 
 COMPANIONS: Final = "hf"
 """In the directory of an iteration: the configuration and tokenizer of the Hugging Face model that
 it was converted from."""
+
+OPTIMIZER: Final = "optimizer"
+"""In a Hugging Face directory: the states of the optimizer, where they were asked for."""
 
 Dtype = Literal["bf16", "fp16", "fp32", "as-saved"]
 
@@ -63,6 +68,16 @@ class Export:
         """What is to be proved of a directory that holds the model."""
         return Claim(self.source, hf_dir, self.tensors, self.shape, self.dtype)
 
+    def state_claims(self, hf_dir: Path) -> Iterator[Claim]:
+        """The same of the states of the optimizer, if they were asked for."""
+        trained = tuple(
+            one for one in self.tensors if self.source.job.tensors[one.canonical].trained
+        )
+        kinds = {piece.tensor.kind for piece in self.copy.plan.targets} - {"weight"}
+        for kind in sorted(kinds):
+            place = hf_dir / OPTIMIZER / kind
+            yield Claim(self.source, place, trained, self.shape, "float32", kind)
+
 
 def plan_export(
     source: Source,
@@ -73,11 +88,12 @@ def plan_export(
     tokenizer: Path | None = None,
     like: Path | None = None,
     architectures: str | None = None,
+    with_optimizer: bool = False,
 ) -> Export:
     """Plan an export and check the plan to the last element; no tensor is read.
 
     Args:
-        source: The opened checkpoint; its weights are enough.
+        source: The opened checkpoint; its weights are enough, but for ``with_optimizer``.
         family: Name of the model family; ``"auto"``: whichever has the model's features.
         dtype: Of the tensors.
         max_shard_size: Of a file, in bytes or in words (``"5GB"`` is 5 x 1000^3).
@@ -86,6 +102,8 @@ def plan_export(
         like: Directory of a Hugging Face model, for what a checkpoint does not know: fields of its
             configuration, settings of generation, the tokenizer.
         architectures: Another name for the model class.
+        with_optimizer: Whether the states of the optimizer are written as well, each as safetensors
+            of its own with the weights' names, in ``optimizer/``.
 
     Raises:
         ConfigError: An argument is wrong, or the tokenizer does not fit.
@@ -109,22 +127,70 @@ def plan_export(
         "dtype": element,
         "vocab_size": vocab_size,
     }
-    planned = plan_files(
-        [_planned(source, tensor, tensor.dtype or element) for tensor in tensors], max_shard_size
-    )
+    weights = _plan_tensors(source, "weight", tensors, element, max_shard_size)
+    states = [
+        _plan_tensors(source, kind, tensors, "float32", max_shard_size)
+        for kind in (OPTIMIZER_KINDS if with_optimizer else ())
+    ]
     ids = companions.special_ids(reader) if reader else {}
     texts = _texts(source, chosen, fields, like, place, ids)
-    files = (*planned.files, *(_text_file(path, data) for path, data in sorted(texts.items())))
-    places = {name: (path, hole.offset, hole.dtype) for name, (path, hole) in planned.holes.items()}
-    weights, targets = source.of_kind("weight"), tuple(pieces_in(tensors, places))
+    if with_optimizer:
+        texts[f"{OPTIMIZER}/state.json"] = _optimizer_state(source)
+    files = (
+        *(file for planned, _ in (weights, *states) for file in planned),
+        *(_text_file(path, data) for path, data in sorted(texts.items())),
+    )
+    targets = tuple(piece for _, pieces in (weights, *states) for piece in pieces)
     copy = copying.prepare(
         source.directory,
-        weights,
+        source.pieces,
         files,
         targets,
-        conversions=copying.conversions(weights, targets),
+        conversions=copying.conversions(source.pieces, targets),
     )
     return Export(source, chosen, shape, tensors, element, files, copy, _notes(texts, reader))
+
+
+def _plan_tensors(
+    source: Source,
+    kind: str,
+    tensors: Iterable[HFTensor],
+    dtype: str,
+    max_shard_size: int | str,
+) -> tuple[tuple[OutputFile, ...], tuple[Piece, ...]]:
+    """The files of the weights, or of a state of the optimizer, and what their holes hold."""
+    held = [one for one in tensors if kind == "weight" or source.job.tensors[one.canonical].trained]
+    plan = plan_files(
+        [
+            PlannedTensor(
+                one.name,
+                dtype if kind != "weight" else one.dtype or dtype,
+                one.shape,
+                one.block,
+                source.job.tensors[one.canonical].trained,
+            )
+            for one in held
+        ],
+        max_shard_size,
+    )
+    place = "" if kind == "weight" else f"{OPTIMIZER}/{kind}/"
+    places = {
+        name: (f"{place}{path}", hole.offset, hole.dtype)
+        for name, (path, hole) in plan.holes.items()
+    }
+    files = tuple(replace(file, path=f"{place}{file.path}") for file in plan.files)
+    return files, tuple(pieces_in(held, places, kind))
+
+
+def _optimizer_state(source: Source) -> bytes:
+    """What the optimizer and its scheduler keep besides tensors, as JSON."""
+    kept = {
+        "iteration": source.iteration,
+        "optimizers": list(source.optimizers),
+        "opt_param_scheduler": source.common.get("opt_param_scheduler"),
+        "consumed_train_samples": vars(source.args).get("consumed_train_samples"),
+    }
+    return json.dumps(kept, indent=2, sort_keys=True, default=str).encode() + b"\n"
 
 
 def _companions(source: Source) -> Path | None:
@@ -159,11 +225,6 @@ def _vocab_size(
         )
     companions.verify_tokenizer(reader, vocab_size, str(place))
     return vocab_size
-
-
-def _planned(source: Source, tensor: HFTensor, dtype: str) -> PlannedTensor:
-    trained = source.job.tensors[tensor.canonical].trained
-    return PlannedTensor(tensor.name, dtype, tensor.shape, tensor.block, trained)
 
 
 def _notes(texts: Mapping[str, bytes], reader: PreTrainedTokenizerBase | None) -> tuple[str, ...]:

@@ -236,6 +236,43 @@ def test_a_wrong_model_is_found_and_named(
     assert "Traceback" not in ended.err
 
 
+ROTATED = "model.layers.1.self_attn.k_proj.weight"
+EXPERTS = [f"model.layers.2.block_sparse_moe.experts.{expert}.w1.weight" for expert in (1, 3)]
+
+
+def _leave_interleaved(tensors: dict[str, torch.Tensor]) -> None:
+    """As if the rows of a rotary pair had been left where Megatron has them: neighbours."""
+    rows = tensors[ROTATED].view(-1, 2, 2, tensors[ROTATED].shape[-1])  # heads of 4
+    tensors[ROTATED] = rows.transpose(1, 2).reshape(tensors[ROTATED].shape)
+
+
+@pytest.mark.parametrize(
+    ("args", "change", "named"),
+    [
+        pytest.param(
+            {"rotary_interleaved": True}, _leave_interleaved, [ROTATED], id="interleaved left out"
+        ),
+        pytest.param(
+            {"num_experts": 4, "moe_ffn_hidden_size": 24}, _swap(*EXPERTS), EXPERTS, id="an expert"
+        ),
+    ],
+)
+def test_a_wrong_model_of_another_kind_is_found_and_named(
+    tmp_path: Path,
+    args: dict[str, object],
+    change: Callable[[dict[str, torch.Tensor]], None],
+    named: list[str],
+) -> None:
+    checkpoint, place = tmp_path / "ck", tmp_path / "hf"
+    Synthetic(job_args(**args), "dp_reshardable", "local").write(checkpoint)
+    assert to_hf("--load-dir", checkpoint, "--save-dir", place, *WEIGHED).code == 0
+    _edit(change)(place)
+    ended = to_hf("--load-dir", checkpoint, "--check", place, *WEIGHED)
+    assert ended.code == 1
+    for name in named:
+        assert name in ended.err
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -356,6 +393,33 @@ def test_a_head_that_is_stored_though_it_is_tied(tmp_path: Path) -> None:
             "--load-dir", tmp_path / "hf", "--save-dir", tmp_path / "x", *WEIGHED, "--dry-run"
         )
         assert ended.code == code, ended.err
+
+
+@pytest.mark.parametrize("form", ["dp_reshardable", "fully_reshardable", "legacy"])
+def test_the_optimizer_comes_along(tmp_path: Path, form: str) -> None:
+    """Every state has the weights' names and shapes; rounded, the main copy is the weight."""
+    Synthetic(job_args(tp=2, pp=2), form, "local").write(tmp_path / "ck")
+    words = ["--load-dir", tmp_path / "ck", "--save-dir", tmp_path / "hf", *WEIGHED]
+    ended = to_hf(*words, "--with-optimizer")
+    assert ended.code == 0, ended.err
+    weights = load_file(tmp_path / "hf" / WEIGHTS)
+    states = {
+        kind: load_file(tmp_path / "hf" / "optimizer" / kind / WEIGHTS)
+        for kind in ("param", "exp_avg", "exp_avg_sq")
+    }
+    for kind, state in states.items():
+        assert f"{kind:<20}{len(weights)} tensors: equal" in ended.out
+        assert {n: (t.shape, t.dtype) for n, t in state.items()} == {
+            n: (t.shape, torch.float32) for n, t in weights.items()
+        }
+    assert all(torch.equal(t.bfloat16(), weights[n]) for n, t in states["param"].items())
+    told = json.loads((tmp_path / "hf" / "optimizer" / "state.json").read_text())
+    assert told["iteration"] == ITERATION
+    assert told["optimizers"][0]["optimizer"]["param_groups"]
+    without = tmp_path / "without"
+    assert to_hf("--load-dir", tmp_path / "ck", "--save-dir", without, *WEIGHED).code == 0
+    assert (without / WEIGHTS).read_bytes() == (tmp_path / "hf" / WEIGHTS).read_bytes()
+    assert not (without / "optimizer").exists()
 
 
 def test_the_digests_are_those_of_the_files(model: Path) -> None:

@@ -301,7 +301,11 @@ def test_tensors_need_an_archive() -> None:
         unpickle(b"\x80\x02" + tensor + b".", ".metadata")
 
 
-@pytest.mark.parametrize("value", [lambda: 1, object(), np.array([object()]), 1j], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [lambda: 1, object(), np.array([object()]), 1j],
+    ids=lambda value: type(value).__name__,
+)
 def test_what_cannot_be_written(value: Any) -> None:
     if isinstance(value, complex | np.ndarray) or type(value) is object:
         with pytest.raises(CheckpointError):  # ours writes it, and ours refuses it again

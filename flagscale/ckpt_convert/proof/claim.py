@@ -14,7 +14,7 @@ from flagscale.ckpt_convert.tensors import HFTensor, Shape
 from flagscale.errors import VerificationError
 from flagscale.optim.source import Source
 
-__all__ = ["Claim", "Level", "Proof", "prove"]
+__all__ = ["Claim", "Level", "Proof", "prove", "verify_tensors"]
 
 Level = Literal["auto", "logits", "weights", "none"]
 """How much is proved: weights to the bit; logits as well; logits if the model fits in memory."""
@@ -33,6 +33,7 @@ class Claim:
         shape: What decides how they are cut.
         dtype: Torch's name of the element type that the directory should have; ``None``: any, as
             the checkpoint was made from it.
+        kind: Of the checkpoint's tensors: the weights, or a state of the optimizer.
     """
 
     source: Source
@@ -40,6 +41,7 @@ class Claim:
     tensors: tuple[HFTensor, ...]
     shape: Shape
     dtype: str | None
+    kind: str = "weight"
 
     @property
     def parameters(self) -> int:
@@ -73,6 +75,38 @@ class Proof:
             yield f"not proved          {self.left_out}"
 
 
+def verify_tensors(claim: Claim, on_progress: Callable[[int], None] | None = None) -> None:
+    """Compare tensors to the bit.
+
+    Args:
+        claim: What is to be proved; of weights, or of a state of the optimizer.
+        on_progress: Called with the bytes compared.
+
+    Raises:
+        VerificationError: They differ; the message names them.
+        CheckpointError: The checkpoint, or the directory, cannot be read.
+    """
+    problems = verify_weights(
+        claim.source,
+        claim.hf_dir,
+        claim.tensors,
+        claim.shape,
+        on_progress,
+        dtype=claim.dtype,
+        imported=claim.dtype is None,
+        kind=claim.kind,
+    )
+    if problems:
+        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise VerificationError(
+            "the two directories do not hold the same tensors",
+            where=f"{claim.source.directory}, {claim.hf_dir}",
+            expected="every tensor bit-equal to what it comes from",
+            got="".join(f"\n    {line}" for line in (*problems[:_SHOWN], *more)),
+            cure="nothing is published that is not proved",
+        )
+
+
 def prove(
     claim: Claim, level: Level = "auto", on_progress: Callable[[int], None] | None = None
 ) -> Proof:
@@ -89,24 +123,7 @@ def prove(
     """
     if level == "none":
         return Proof(0, 0, (), "anything: --verify none")
-    problems = verify_weights(
-        claim.source,
-        claim.hf_dir,
-        claim.tensors,
-        claim.shape,
-        on_progress,
-        dtype=claim.dtype,
-        imported=claim.dtype is None,
-    )
-    if problems:
-        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        raise VerificationError(
-            "the two directories do not hold the same weights",
-            where=f"{claim.source.directory}, {claim.hf_dir}",
-            expected="every tensor bit-equal to what it comes from",
-            got="".join(f"\n    {line}" for line in (*problems[:_SHOWN], *more)),
-            cure="nothing is published that is not proved",
-        )
+    verify_tensors(claim, on_progress)
     done = len(claim.tensors), claim.parameters
     if level == "weights":
         return Proof(*done, (), "logits: --verify weights")

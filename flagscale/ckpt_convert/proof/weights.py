@@ -41,6 +41,7 @@ def verify_weights(
     *,
     dtype: str | None = None,
     imported: bool = False,
+    kind: str = "weight",
 ) -> list[str]:
     """What of a Hugging Face directory is not as its checkpoint has it, in words; best empty.
 
@@ -53,11 +54,12 @@ def verify_weights(
         dtype: Torch's name of the element type that was asked for; ``None``: the checkpoint's.
         imported: Whether the checkpoint was made from the directory, whose tensors then are of any
             type and are compared as the checkpoint has them.
+        kind: Of the checkpoint's tensors: the weights, or a state of the optimizer.
 
     Raises:
         CheckpointError: The checkpoint, or a file of the directory, cannot be read.
     """
-    checkpoint, directory = Wholes(source), HFDirectory(hf_dir)
+    checkpoint, directory = Wholes(source, kind), HFDirectory(hf_dir)
     problems = [*directory.verify_names(tensors), *_verify_use(checkpoint, tensors, shape)]
     groups: dict[tuple[str, int | None], list[HFTensor]] = {}
     for tensor in tensors:

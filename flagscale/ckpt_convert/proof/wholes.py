@@ -25,18 +25,19 @@ _UNSIGNED: Final = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 class Wholes:
-    """The weights of a checkpoint.
+    """The weights of a checkpoint, or the states of its optimizer.
 
     Args:
         source: The opened checkpoint.
+        kind: Of the tensors.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, kind: str = "weight") -> None:
         self._directory = source.directory
         self._pieces: dict[str, dict[Box, Piece]] = defaultdict(dict)
-        for piece in source.of_kind("weight"):  # the first, where several ranks have the same
+        for piece in source.of_kind(kind):  # the first, where several ranks have the same
             self._pieces[piece.tensor.name].setdefault(piece.box, piece)
-        weights = {key.name: at for key, at in source.tensors.items() if key.kind == "weight"}
+        weights = {key.name: at for key, at in source.tensors.items() if key.kind == kind}
         self.shapes = {name: shape for name, (shape, _) in weights.items()}
         self.dtypes = {name: dtype for name, (_, dtype) in weights.items()}
 
