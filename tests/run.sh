@@ -6,6 +6,7 @@ shopt -s nullglob
 cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null
 
 PY=$(scripts/bootstrap.sh test)
+cores=$(env -u OMP_NUM_THREADS nproc) # it would take that for its answer
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # --- linters: all of them are shown, then the first failure ends the run -------------------------
@@ -44,7 +45,7 @@ stage() { # NAME [FOLDER...]
 }
 options=("$@")
 # Much of a test is waiting for processes to start; more workers than that only get in their way.
-workers=$(($(nproc) < 4 ? $(nproc) : 4))
+workers=$((cores < 4 ? cores : 4))
 stage fast tests/unit
 slow=()
 for folder in tests/distributed tests/functional; do

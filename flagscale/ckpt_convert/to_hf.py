@@ -121,8 +121,10 @@ def plan_export(
     tensors = tuple(hf_tensors(chosen.rows, shape))
     _verify_complete(source, tensors, shape)
     element = _DTYPES.get(dtype, source.job.model.dtype)
+    with damage_named(source.directory):
+        decided = chosen.config(args)
     fields = {
-        **chosen.config(args),
+        **decided,
         "architectures": [_architecture(chosen, architectures)],
         "dtype": element,
         "vocab_size": vocab_size,
