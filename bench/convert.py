@@ -75,7 +75,7 @@ for layer in range(config.num_hidden_layers):
 with torch.device("meta"):
     whole = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 whole.load_state_dict(model, assign=True)
-whole.save_pretrained(sys.argv[2], max_shard_size="1GB")
+whole.save_pretrained(sys.argv[2], max_shard_size="5GB")
 """
 
 _MAKE = """
@@ -93,7 +93,7 @@ with torch.device("meta"):
 state = {name: torch.empty(tensor.shape, dtype=tensor.dtype).normal_(0, 0.02)
          for name, tensor in model.state_dict().items()}
 model.load_state_dict(state, assign=True)
-model.save_pretrained(sys.argv[1], max_shard_size="1GB")
+model.save_pretrained(sys.argv[1], max_shard_size="5GB")
 """
 
 
@@ -150,7 +150,7 @@ def measure(work_dir: Path) -> int:
                 *map(str, (LAYERS, HIDDEN, FFN, HEADS, GROUPS, VOCAB)),
             ]
         )
-    exports = ("--max-shard-size", "1GB", "--verify")
+    exports = ("--max-shard-size", "5GB", "--verify")
     imports = ("--make-vocab-size-divisible-by", "1", "--verify")
     spread = ("--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "2")
     legacy = ("--target-ckpt-format", "torch", *spread)
