@@ -21,7 +21,6 @@ from flagscale.console import (
     add_copy_arguments,
     add_layout_arguments,
     exit_code,
-    progress,
     refuse_inside,
 )
 
@@ -91,26 +90,13 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _write(planned: Import, arguments: argparse.Namespace) -> int:
-    from flagscale.ckpt_convert.proof.claim import prove
-    from flagscale.ckpt_copy.run import run
+    from flagscale.ckpt_convert.program import proved, written
 
-    told: list[str] = []
+    def proof(staged: Path) -> Iterator[str]:
+        return proved(planned.claim(staged), (), arguments.verify)
 
-    def proved(staged: Path) -> None:
-        told.extend(prove(planned.claim(staged), arguments.verify).report())
-
-    with progress("writing", planned.copy.plan.total_bytes) as on_progress:
-        outcome = run(
-            planned.copy,
-            arguments.save_dir / "release",
-            tracker="release",
-            prove=proved,
-            workers=arguments.workers,
-            max_memory=arguments.max_memory,
-            restart=arguments.restart,
-            on_progress=on_progress,
-        )
-    print("\n".join([*outcome.report(), *told]))
+    place = arguments.save_dir / "release"
+    print("\n".join(written(planned.copy, place, "release", proof, arguments)))
     return 0
 
 

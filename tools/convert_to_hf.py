@@ -99,38 +99,22 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _check(export: Export, arguments: argparse.Namespace) -> int:
-    from flagscale.ckpt_convert.proof.claim import prove
+    from flagscale.ckpt_convert.program import proved
 
+    place, level = arguments.check, arguments.verify
     with progress("checking") as on_progress:
-        proof = prove(export.claim(arguments.check), arguments.verify, on_progress)
-    print("\n".join(proof.report()))
+        told = [*proved(export.claim(place), export.state_claims(place), level, on_progress)]
+    print("\n".join(told))
     return 0
 
 
 def _write(export: Export, arguments: argparse.Namespace) -> int:
-    from flagscale.ckpt_convert.proof.claim import prove, verify_tensors
-    from flagscale.ckpt_copy.run import run
+    from flagscale.ckpt_convert.program import proved, written
 
-    told: list[str] = []
+    def proof(staged: Path) -> Iterator[str]:
+        return proved(export.claim(staged), export.state_claims(staged), arguments.verify)
 
-    def proved(staged: Path) -> None:
-        told.extend(prove(export.claim(staged), arguments.verify).report())
-        for claim in export.state_claims(staged) if arguments.verify != "none" else ():
-            verify_tensors(claim)
-            told.append(f"{claim.kind:<20}{len(claim.tensors):,} tensors: equal")
-
-    with progress("writing", export.copy.plan.total_bytes) as on_progress:
-        outcome = run(
-            export.copy,
-            arguments.save_dir,
-            tracker=None,
-            prove=proved,
-            workers=arguments.workers,
-            max_memory=arguments.max_memory,
-            restart=arguments.restart,
-            on_progress=on_progress,
-        )
-    print("\n".join([*outcome.report(), *told]))
+    print("\n".join(written(export.copy, arguments.save_dir, None, proof, arguments)))
     return 0
 
 

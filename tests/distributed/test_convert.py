@@ -10,6 +10,7 @@ import pytest
 import torch
 from harness.conversion import convert, judge, train_family, write_tokenizer
 from harness.corpus import model_argv
+from harness.program import run_program
 from harness.reshard import run_stock
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -130,6 +131,21 @@ def test_an_odd_vocabulary_is_padded_and_its_logits_agree(tmp_path: Path) -> Non
     a_model(tmp_path / "hf", "llama", 61)
     planned = imported(tmp_path / "hf", tmp_path / "mg", Request(tp_size=2), "logits")
     assert planned.target.job.model.dims.padded_vocab_size == 256
+
+
+def test_a_wrong_configuration_is_found_by_the_logits(corpus: Path, tmp_path: Path) -> None:
+    """The weights are equal to the bit, and the model is another one all the same."""
+    checkpoint, place = train_family("llama", "TP1", corpus, tmp_path), tmp_path / "hf"
+    convert(checkpoint, place, "weights", tokenizer=write_tokenizer(tmp_path / "tokenizer"))
+    config = (place / "config.json").read_text()
+    assert '"rope_theta": 10000.0' in config
+    (place / "config.json").write_text(config.replace("10000.0", "100.0"))
+    check = ("convert_to_hf", "--load-dir", checkpoint, "--check", place, "--verify")
+    assert run_program(*check, "weights").code == 0
+    wrong = run_program(*check, "auto")
+    assert wrong.code == 1
+    assert "do not compute the same logits" in wrong.err
+    assert "first departs in    layer 0: " in wrong.err
 
 
 CELLS = [("qwen2", "TP2xPP2"), ("mixtral", "EP2"), ("deepseek_v3", "EP2xPP2")]

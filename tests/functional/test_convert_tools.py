@@ -416,6 +416,13 @@ def test_the_optimizer_comes_along(tmp_path: Path, form: str) -> None:
     told = json.loads((tmp_path / "hf" / "optimizer" / "state.json").read_text())
     assert told["iteration"] == ITERATION
     assert told["optimizers"][0]["optimizer"]["param_groups"]
+    check = ["--load-dir", tmp_path / "ck", "--check", tmp_path / "hf", *WEIGHED]
+    assert to_hf(*check, "--with-optimizer").code == 0
+    moment = tmp_path / "hf" / "optimizer" / "exp_avg" / WEIGHTS
+    save_file({**states["exp_avg"], GATE: states["exp_avg"][UP].clone()}, moment, {"format": "pt"})
+    wrong = to_hf(*check, "--with-optimizer")
+    assert wrong.code == 1
+    assert GATE in wrong.err
     without = tmp_path / "without"
     assert to_hf("--load-dir", tmp_path / "ck", "--save-dir", without, *WEIGHED).code == 0
     assert (without / WEIGHTS).read_bytes() == (tmp_path / "hf" / WEIGHTS).read_bytes()
