@@ -15,6 +15,8 @@ from typing import Any
 
 __all__ = [
     "HOOKS",
+    "BatchDrawn",
+    "DatasetsBuilt",
     "ExitEvent",
     "ForwardLoss",
     "Hooks",
@@ -22,8 +24,20 @@ __all__ = [
     "SaveReason",
     "SaveRequest",
     "StepEvent",
+    "StepStart",
     "TrainStart",
 ]
+
+
+@dataclass(frozen=True)
+class DatasetsBuilt:
+    """The datasets are there; the loaders that read them come next.
+
+    Args:
+        train: The training dataset, ``None`` on a rank that reads no data.
+    """
+
+    train: Any
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,34 @@ class TrainStart:
 
 
 @dataclass(frozen=True)
+class StepStart:
+    """A step that trains is about to draw its first micro batch.
+
+    Args:
+        iteration: 1-based, as upstream will log it.
+        consumed_samples: Samples the whole job has consumed before it.
+        num_micro_batches: How many each data-parallel rank will draw; all of them once more if
+            upstream's rerun engine repeats the step.
+    """
+
+    iteration: int
+    consumed_samples: int
+    num_micro_batches: int
+
+
+@dataclass(frozen=True)
+class BatchDrawn:
+    """A micro batch as the loader gave it, on a rank that reads data; also in evaluation.
+
+    Args:
+        batch: By name, whole sequences on the host: ``tokens`` and ``labels`` [b, s] int64, and
+            what else the dataset gives. Not to be changed.
+    """
+
+    batch: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class ForwardLoss:
     """The losses of one micro batch, on a rank of the last pipeline stage; also in evaluation.
 
@@ -52,11 +94,14 @@ class ForwardLoss:
     Args:
         token_losses: [b, s] cross entropies; [b, s / cp] under context parallelism.
         loss_mask: [b, s] float32, 1 where a token counts; the mean over row ``i`` under it is the
-            loss of the micro batch's sample ``i``.
+            loss of the micro batch's sample ``i``. A row may have none.
+        quarantined: [b, s] bool, true where a token would count if it were not quarantined; in
+            ``loss_mask`` it is 0. ``None`` where no quarantine list is in force.
     """
 
     token_losses: Any
     loss_mask: Any
+    quarantined: Any
 
 
 @dataclass(frozen=True)
@@ -125,7 +170,10 @@ class ExitEvent:
 class Hooks:
     """The listeners of this process, in the order they are called."""
 
+    on_datasets: list[Callable[[DatasetsBuilt], None]] = field(default_factory=list)
     on_train_start: list[Callable[[TrainStart], None]] = field(default_factory=list)
+    on_step_start: list[Callable[[StepStart], None]] = field(default_factory=list)
+    on_batch: list[Callable[[BatchDrawn], None]] = field(default_factory=list)
     on_forward_loss: list[Callable[[ForwardLoss], None]] = field(default_factory=list)
     on_step_end: list[Callable[[StepEvent], None]] = field(default_factory=list)
     should_save: list[Callable[[SaveRequest], bool]] = field(default_factory=list)

@@ -2,7 +2,7 @@
 # Makes the project's virtual environment and prints the path of its Python:
 #
 #   PY=$(scripts/bootstrap.sh run)      # what training needs
-#   PY=$(scripts/bootstrap.sh test)     # and what the checks need
+#   PY=$(scripts/bootstrap.sh test)     # and what the checks need: as root, Chromium by apt-get, too
 #
 # Takes no time when nothing is to do; run again after an interruption, it starts afresh. Messages
 # go to stderr. Exit code 2, with the cure, when there is no Python, no space or no network.
@@ -150,6 +150,25 @@ install() {
   die "pip failed (log: $log)" "see the message above, then run this again"
 }
 
+# A report is tested in a real browser. Where none can be installed, those tests fail and say why.
+install_browser() {
+  local log=$venv/flagscale.apt.log
+  if [[ -n $(type -P chromium chromium-browser google-chrome) ]]; then return; fi
+  if [[ $(id -u 2>/dev/null) != 0 ]] || ! type -P apt-get >/dev/null; then
+    say "no Chromium, which some tests need; an administrator: apt-get install chromium"
+    return
+  fi
+  say "installing chromium"
+  # Lists that cannot be brought up to date may still do.
+  if ! {
+    apt-get update -q -o Acquire::http::Timeout=20 || true
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends \
+      -o DPkg::Lock::Timeout=300 chromium
+  } >"$log" 2>&1 </dev/null; then
+    say "apt-get could not install chromium, so some tests will fail (log: $log)"
+  fi
+}
+
 main() {
   case $* in
     run | test) mode=$1 ;;
@@ -172,6 +191,7 @@ main() {
       say "ready"
     fi
   fi
+  if [[ $mode == test ]]; then install_browser; fi
   printf '%s\n' "$python"
 }
 

@@ -35,6 +35,8 @@ def input_paths(values: Mapping[str, Any]) -> Iterator[ArgumentPath]:
     # 'name' and 'owner/name' may be names in a hub's cache, which only the tokenizer library knows.
     if tokenizer and (tokenizer.startswith((".", "/")) or tokenizer.count("/") > 1):
         yield ArgumentPath(Path(tokenizer), "--tokenizer-model")
+    if values.get("quarantine"):
+        yield ArgumentPath(Path(values["quarantine"]), "--quarantine")
     for dest in ("load", "pretrained_checkpoint"):
         # A run that loads from where it saves finds nothing the first time.
         if values[dest] and values[dest] != values["save"]:
@@ -43,8 +45,8 @@ def input_paths(values: Mapping[str, Any]) -> Iterator[ArgumentPath]:
 
 def output_paths(values: Mapping[str, Any]) -> Iterator[ArgumentPath]:
     """The directories that a job with these values writes to."""
-    for dest in ("save", "tensorboard_dir", "data_cache_path"):
-        if values[dest]:
+    for dest in ("save", "tensorboard_dir", "data_cache_path", "ledger_dir"):
+        if values.get(dest):
             yield ArgumentPath(Path(values[dest]), _option(dest))
 
 

@@ -8,7 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from flagscale.hooks import HOOKS, SaveEvent, SaveReason, SaveRequest, StepEvent, TrainStart
+from flagscale.hooks import (
+    HOOKS,
+    SaveEvent,
+    SaveReason,
+    SaveRequest,
+    StepEvent,
+    StepStart,
+    TrainStart,
+)
 from flagscale.patches.registry import Kind, Patch, PatchGroup
 
 __all__ = ["GROUP"]
@@ -44,7 +52,7 @@ def _tell_train_start(original: Callable[..., Any]) -> Callable[..., Any]:
     return train
 
 
-def _tell_step_end(original: Callable[..., Any]) -> Callable[..., Any]:
+def _tell_of_step(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def train_step(
         forward_step_func: Any,
@@ -55,8 +63,17 @@ def _tell_step_end(original: Callable[..., Any]) -> Callable[..., Any]:
         iteration: int,
         **kwargs: Any,
     ) -> Any:
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
+        from megatron.training import get_args
         from megatron.training.training import get_canonical_lr_for_logging
 
+        begin = StepStart(
+            iteration=iteration + 1,  # upstream counts from 0 until the step is done
+            consumed_samples=get_args().consumed_train_samples,
+            num_micro_batches=get_num_microbatches(),
+        )
+        for listener in HOOKS.on_step_start:
+            listener(begin)
         start = time.perf_counter()
         result = original(
             forward_step_func, data_iterator, model, optimizer, *args, iteration=iteration, **kwargs
@@ -65,15 +82,15 @@ def _tell_step_end(original: Callable[..., Any]) -> Callable[..., Any]:
         _LOOP.must_save = bool(should_checkpoint)  # upstream's rerun engine wants one, right now
         if not should_exit:  # else upstream left the step before the optimizer ran
             event = StepEvent(
-                iteration=iteration + 1,  # upstream counts from 0 until the step is done
+                iteration=iteration + 1,
                 losses=losses,
                 grad_norm=grad_norm,
                 learning_rate=get_canonical_lr_for_logging(optimizer.param_groups),
                 skipped=bool(skipped),
                 seconds=time.perf_counter() - start,
             )
-            for listener in HOOKS.on_step_end:
-                listener(event)
+            for hear_end in HOOKS.on_step_end:
+                hear_end(event)
         return result
 
     return train_step
@@ -131,7 +148,7 @@ GROUP = PatchGroup(
     name="training-events",
     patches=(
         Patch(f"{_TRAINING}:train", Kind.FUNCTION, _tell_train_start, "a3161ba6b2fa2454"),
-        Patch(f"{_TRAINING}:train_step", Kind.FUNCTION, _tell_step_end, "f910d29e66afc804"),
+        Patch(f"{_TRAINING}:train_step", Kind.FUNCTION, _tell_of_step, "f910d29e66afc804"),
         Patch(
             f"{_TRAINING}:checkpoint_and_decide_exit",
             Kind.FUNCTION,
@@ -145,6 +162,6 @@ GROUP = PatchGroup(
             "5ffe05204a9e2971",
         ),
     ),
-    reason="upstream has no hook at a start, at the end of a step, or before and after a save",
+    reason="upstream has no hook at a start, around a step, or before and after a save",
     upstream="megatron-core 0.19.2, training/training.py:2336, 3030, 3230, 3342",
 )

@@ -9,9 +9,29 @@ from flagscale.patches.catalogue import builtin_groups
 from flagscale.platforms.cpu import CPU
 from flagscale.platforms.cuda import CUDA
 from flagscale.plugins import Plugin
-from flagscale.train import aquila, buffer_map, restart, saving, throughput
+from flagscale.train import (
+    aquila,
+    buffer_map,
+    ledger,
+    quarantine,
+    replay,
+    restart,
+    saving,
+    throughput,
+)
 
-__all__ = ["AQUILA", "BUFFER_MAP", "PATCHES", "PLATFORMS", "RESTART", "SAVING", "THROUGHPUT"]
+__all__ = [
+    "AQUILA",
+    "BUFFER_MAP",
+    "LEDGER",
+    "PATCHES",
+    "PLATFORMS",
+    "QUARANTINE",
+    "REPLAY",
+    "RESTART",
+    "SAVING",
+    "THROUGHPUT",
+]
 
 AQUILA = Plugin(
     name="aquila",
@@ -20,8 +40,21 @@ AQUILA = Plugin(
     pre_wrap_hooks=aquila.pre_wrap_hooks,
 )
 BUFFER_MAP = Plugin(name="buffer-map", connect=buffer_map.connect)
+LEDGER = Plugin(
+    name="ledger",
+    add_arguments=ledger.add_arguments,
+    verify_arguments=ledger.verify_arguments,
+    connect=ledger.connect,
+)
 PLATFORMS = Plugin(name="platforms", platforms=(CUDA, CPU))
 PATCHES = Plugin(name="patches", patch_groups=builtin_groups())
+QUARANTINE = Plugin(
+    name="quarantine",
+    add_arguments=quarantine.add_arguments,
+    verify_arguments=quarantine.verify_arguments,
+    connect=quarantine.connect,
+)
+REPLAY = Plugin(name="replay", add_arguments=replay.add_arguments)
 RESTART = Plugin(name="restart", connect=restart.connect)
 SAVING = Plugin(name="saving", add_arguments=saving.add_arguments, connect=saving.connect)
 THROUGHPUT = Plugin(

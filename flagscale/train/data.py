@@ -1,22 +1,29 @@
-"""Datasets for pretraining: upstream's GPT dataset, built from the arguments."""
+"""Datasets for pretraining: a GPT dataset, built by upstream's builder from the arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 from megatron.training.utils.common_utils import is_first_or_last_pipeline_stage
 
+from flagscale.data_inspect.quarantine import Spans
+from flagscale.hooks import HOOKS, DatasetsBuilt
+from flagscale.train.dataset import GPTDataset, GPTDatasetConfig
+from flagscale.train.quarantine import quarantined_spans, verify_ranks_agree
+from flagscale.train.replay import read_samples
+
 __all__ = ["gpt_dataset_config", "provide_datasets"]
 
 
-def gpt_dataset_config(args: Any) -> GPTDatasetConfig:
-    """Upstream's dataset configuration for its own command line."""
+def gpt_dataset_config(
+    args: Any, quarantined: Mapping[str, Spans] | None = None
+) -> GPTDatasetConfig:
+    """The dataset configuration for upstream's own command line, and what is quarantined."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     return GPTDatasetConfig(
         random_seed=args.seed,
@@ -38,6 +45,7 @@ def gpt_dataset_config(args: Any) -> GPTDatasetConfig:
         fast_cache_load=args.dataloader_fast_cache_load,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
         context_parallel_size=args.context_parallel_size,
+        quarantined=quarantined or {},
     )
 
 
@@ -57,10 +65,19 @@ def provide_datasets(
         first_tp_rank = mpu.get_tensor_model_parallel_rank() == 0
         return first_tp_rank and bool(is_first_or_last_pipeline_stage(vp_stage))
 
-    config = gpt_dataset_config(get_args())
-    datasets: list[Any] = BlendedMegatronDatasetBuilder(
-        GPTDataset, train_valid_test_num_samples, reads_data, config
-    ).build()
+    args = get_args()
+    verify_ranks_agree(args)
+    config = gpt_dataset_config(args, quarantined_spans(args) if reads_data() else {})
+    sizes = list(train_valid_test_num_samples)
+    replayed = read_samples(args.replay_samples) if args.replay_samples else None
+    if replayed is not None:
+        sizes[0] = replayed.num_samples
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, reads_data, config)
+    datasets: list[Any] = builder.build()
+    for listener in HOOKS.on_datasets:
+        listener(DatasetsBuilt(datasets[0]))
+    if replayed is not None and datasets[0] is not None:
+        datasets[0] = replayed.of(datasets[0])
     return datasets
 
 

@@ -18,7 +18,7 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers
 from megatron.training.utils.common_utils import is_first_or_last_pipeline_stage
 
-from flagscale.hooks import HOOKS, ForwardLoss
+from flagscale.hooks import HOOKS, BatchDrawn, ForwardLoss
 
 __all__ = ["forward_step", "get_batch", "masked_loss"]
 
@@ -27,6 +27,9 @@ _KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 # The factor over the largest loss seen that upstream's rerun engine is asked to call a spike.
 _SPIKY_LOSS_FACTOR = 10.0
 
+# Tokens reported by a micro batch in which none counts: lost in the sum with any that has one.
+_NOTHING_COUNTED = 2.0**-40
+
 
 def get_batch(
     data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | None
@@ -34,8 +37,9 @@ def get_batch(
     """This rank's part of the next micro batch.
 
     Returns:
-        ``tokens``, ``labels``, ``position_ids`` [b, s] int64, ``loss_mask`` [b, s] float32 and
-        ``attention_mask`` [b, 1, s, s] bool; ``None`` for what this pipeline stage does not need.
+        ``tokens``, ``labels``, ``position_ids`` [b, s] int64, ``loss_mask`` [b, s] float32,
+        ``attention_mask`` [b, 1, s, s] bool and ``quarantined`` [b, s] bool; ``None`` for what this
+        pipeline stage does not need, and ``quarantined`` without a quarantine list.
     """
     args = get_args()
     layout = args.pipeline_model_parallel_layout
@@ -43,7 +47,7 @@ def get_batch(
         layout=layout, mtp_num_layers=args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage
     )
     if not (is_first_or_last_pipeline_stage(vp_stage) or has_mtp):
-        return dict.fromkeys(_KEYS)
+        return dict.fromkeys((*_KEYS, "quarantined"))
 
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
@@ -51,6 +55,8 @@ def get_batch(
         if data_iterator is None:
             raise RuntimeError("this pipeline stage reads data but was given no data iterator")
         drawn = next(data_iterator)
+        for listener in HOOKS.on_batch:
+            listener(BatchDrawn(drawn))
         batch = {key: drawn[key].cuda(non_blocking=True) if key in drawn else None for key in _KEYS}
     batch = get_batch_on_this_tp_rank(
         batch,
@@ -71,28 +77,48 @@ def get_batch(
     batch = get_batch_on_this_cp_rank(
         batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
     )
-    return {key: batch[key] for key in _KEYS}
+    coded = None if args.quarantine is None else batch["loss_mask"]
+    return {key: batch[key] for key in _KEYS} | _decode_mask(coded)
+
+
+def _decode_mask(loss_mask: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
+    """Take what :data:`flagscale.train.dataset.QUARANTINED` says out of a mask, if there is one."""
+    if loss_mask is None:
+        return {"quarantined": None}
+    return {"quarantined": loss_mask < 0, "loss_mask": loss_mask.clamp(min=0)}
 
 
 def masked_loss(
-    loss_mask: torch.Tensor, token_losses: torch.Tensor
+    loss_mask: torch.Tensor, quarantined: torch.Tensor | None, token_losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum the losses of the tokens that count.
 
     Args:
         loss_mask: [b, s] float32, 1 where a token counts.
+        quarantined: [b, s] bool, true where one would count if it were not quarantined; ``None``
+            where no quarantine list is in force.
         token_losses: [b, s] cross entropies.
 
     Returns:
-        The summed loss; the number of tokens summed (int32), by which upstream divides; and the
-        report, in which upstream sums both over micro batches and data-parallel ranks.
+        The summed loss; the number of tokens (int32) by which upstream divides, the quarantined
+        included, so that the others keep the weight they have without a list; and the report of
+        what was summed and how many, which upstream sums over micro batches and data-parallel
+        ranks.
     """
     args = get_args()
     mask = loss_mask.view(-1).float()
-    loss = torch.sum(token_losses.view(-1).float() * mask)
+    losses = token_losses.view(-1).float()
+    if quarantined is not None:
+        losses = losses.masked_fill(quarantined.view(-1), 0.0)  # even if it is infinite
+    loss = torch.sum(losses * mask)
     for listener in HOOKS.on_forward_loss:
-        listener(ForwardLoss(token_losses, loss_mask))
-    num_tokens = mask.sum().to(torch.int)
+        listener(ForwardLoss(token_losses, loss_mask, quarantined))
+    counted = mask.sum().to(torch.int)
+    num_tokens, reported = counted, counted.to(loss.dtype)
+    if quarantined is not None:
+        num_tokens = counted + quarantined.sum().to(torch.int)
+        # Upstream divides by the sum of these: a step in which nothing counts reports 0, not NaN.
+        reported = reported.clamp(min=_NOTHING_COUNTED)
 
     rerun = get_rerun_state_machine()
     checks: list[tuple[Any, str, bool]] = []
@@ -111,7 +137,7 @@ def masked_loss(
             result=loss, rejection_func=rejection_func, message=message, tolerance=0.0, fatal=fatal
         )
 
-    report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
+    report = torch.stack([loss.detach(), reported])
     return loss, num_tokens, {"lm loss": report}
 
 
@@ -133,4 +159,4 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tens
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
     )
-    return output, partial(masked_loss, batch["loss_mask"])
+    return output, partial(masked_loss, batch["loss_mask"], batch["quarantined"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -10,6 +11,8 @@ import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from harness import watch
 
 __all__ = ["run_rank"]
 
@@ -29,6 +32,8 @@ def run_rank(
     os.dup2(log, 2)
     os.environ.update(environ)
     os.environ["FLAGSCALE_ERROR_FILE"] = f"{base}.error"
+    # As in a process that no server has forked; the loaders' workers cannot be pickled.
+    multiprocessing.set_start_method("fork", force=True)
     # A process that upstream spawns must not import the test runner again.
     sys.modules["__main__"] = types.ModuleType("__main__")
     sys.argv = ["flagscale.train", *argv]
@@ -53,6 +58,7 @@ def run_rank(
             os.kill(os.getpid(), kill[1])
 
     HOOKS.on_step_end.append(record)
+    watch.attach(HOOKS)
     exit_code = guarded_main(argv)
     sys.stdout.flush()
     sys.stderr.flush()

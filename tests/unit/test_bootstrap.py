@@ -282,6 +282,52 @@ def test_a_folder_that_is_not_ours_is_left_alone(project: Project) -> None:
     assert precious.exists()
 
 
+# --- the browser ----------------------------------------------------------------------------------
+
+APT_GET = """#!/usr/bin/env bash
+echo "$*" >> "$HOME/apt-calls"
+if [[ ${APT_FAILS-} == "$1" ]]; then echo "E: no such package"; exit 100; fi
+if [[ $1 == install ]]; then echo > "$PATH/chromium"; chmod +x "$PATH/chromium"; fi
+"""
+
+
+def make_root(project: Project) -> Path:
+    """Give a user called root an apt-get that installs. Returns where it notes its calls."""
+    project.add_program("id", "#!/usr/bin/env bash\necho 0\n")
+    project.add_program("chmod", f'#!/usr/bin/env bash\nexec {shutil.which("chmod")} "$@"\n')
+    project.add_program("apt-get", APT_GET)
+    return Path(project.env["HOME"]) / "apt-calls"
+
+
+@pytest.mark.parametrize("fails", ["", "update"])
+def test_the_tests_get_a_browser_once(ready: Project, fails: str) -> None:
+    calls = make_root(ready)
+    assert ready.run("run").stderr == ""
+    assert not calls.exists()
+    first = ready.run("test", APT_FAILS=fails)
+    assert first.stdout == f"{ready.venv}/bin/python\n"
+    assert first.stderr.endswith("installing chromium\n")
+    assert [line.split()[0] for line in calls.read_text().splitlines()] == ["update", "install"]
+    assert calls.read_text().endswith(" chromium\n")
+    assert ready.run("test").stderr == ""
+    assert len(calls.read_text().splitlines()) == 2
+
+
+def test_without_a_browser_the_rest_is_installed(ready: Project) -> None:
+    make_root(ready)
+    result = ready.run("test", APT_FAILS="install")
+    assert (result.returncode, result.stdout) == (0, f"{ready.venv}/bin/python\n")
+    log = ready.venv / "flagscale.apt.log"
+    assert f"could not install chromium, so some tests will fail (log: {log})" in result.stderr
+    assert log.read_text() == "E: no such package\n"
+
+
+def test_who_is_not_root_is_told_what_to_ask_for(ready: Project) -> None:
+    result = ready.run("test")
+    assert result.returncode == 0
+    assert "an administrator: apt-get install chromium" in result.stderr
+
+
 # --- what can be missing --------------------------------------------------------------------------
 
 
