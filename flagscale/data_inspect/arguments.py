@@ -93,6 +93,7 @@ class DataArguments:
             DataError: An argument that decides the order is missing.
         """
         _verify_types(values)
+        _verify_seed(values.get("seed"))
         blend, split = _training_blend(values)
         rampup = values.get("rampup_batch_size")
         surplus = values.get("mid_level_dataset_surplus")
@@ -148,6 +149,17 @@ def _verify_types(values: Mapping[str, Any]) -> None:
                 got=repr(value)[:100],
                 cure="give the arguments of the run",
             )
+
+
+def _verify_seed(seed: Any) -> None:
+    if isinstance(seed, int) and not 0 <= seed < 2**32:
+        raise DataError(
+            "no generator of upstream's takes this seed",
+            where="--seed",
+            expected="0 to 2**32 - 1",
+            got=seed,
+            cure="give the arguments of the run",
+        )
 
 
 def _required(values: Mapping[str, Any], name: str) -> int:

@@ -22,7 +22,7 @@ class StepLine:
         skipped: Number of skipped iterations.
         nans: Number of NaN iterations.
         skipped_samples: Those of iterations passed over, since the run began.
-        beside: Where no loss was printed, the fields around its place.
+        beside: The fields around the place of the loss; ``None`` where one was printed.
         text: The line from its iteration on: what two copies of a line have in common.
         origin: What stands in front, without the time: the launcher's mark of the rank.
         time: When it was printed.
@@ -44,7 +44,7 @@ class StepLine:
     loss_scale: float | None
     text: str
     source: Place
-    beside: tuple[str, ...] = ()
+    beside: tuple[str, ...] | None = None
     origin: str = ""
     time: str | None = None
     restarted: bool = False
@@ -66,11 +66,16 @@ def build_curve(files: Sequence[Sequence[StepLine]], clears_first: bool) -> Curv
     if all(start[0].time for start in starts):
         starts.sort(key=lambda start: start[0].time or "")
     fallback = usual_interval([line.iteration for line in max(starts, key=len)[1:]])
+    intervals = [_interval(start, fallback) for start in starts]
+    # Older releases print only where an interval ends.
+    prints_first = any(
+        start[0].iteration % interval for start, interval in zip(starts, intervals, strict=True)
+    )
     points: list[Point] = []
     attempts = []
-    for ordinal, start in enumerate(starts):
-        interval = _interval(start, fallback)
-        mine = list(_points(start, ordinal, interval, clears_first))
+    for ordinal, (start, interval) in enumerate(zip(starts, intervals, strict=True)):
+        covered = _first_interval(start[0], 1 if prints_first else interval)
+        mine = list(_points(start, ordinal, interval, covered, clears_first))
         first = start[0]
         attempts.append(
             Attempt(
@@ -147,9 +152,10 @@ def _interval(start: _Start, fallback: int) -> int:
     return distance + 1 if out_of_turn else distance
 
 
-def _points(start: _Start, ordinal: int, interval: int, clears_first: bool) -> Iterator[Point]:
+def _points(
+    start: _Start, ordinal: int, interval: int, covered: int, clears_first: bool
+) -> Iterator[Point]:
     first = start[0]
-    covered = _first_interval(first, interval)
     yield _point(first, ordinal, covered, steps=1)
     again = covered == 1 and not (clears_first and first.iteration % interval == 0)
     for before, line in pairwise(start):
@@ -180,10 +186,10 @@ def _covered(
     return min(distance, interval)
 
 
-def _first_interval(first: StepLine, interval: int) -> int:
+def _first_interval(first: StepLine, otherwise: int) -> int:
     if first.resumed_from is not None:
         return first.iteration - first.resumed_from
-    return 1 if first.iteration % interval else interval
+    return otherwise
 
 
 def _passed_over(before: StepLine, line: StepLine) -> int:

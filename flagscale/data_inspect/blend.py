@@ -15,7 +15,6 @@ blended_dataset.py and helpers.cpp.
 from __future__ import annotations
 
 import importlib.machinery
-import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -274,7 +273,6 @@ class BlendOrder:
             part = self._dataset_index[block * BLOCK : (block + 1) * BLOCK]
             places = np.flatnonzero(part == dataset)
             result[here] = block * BLOCK + places[asked[here] - counts[block]]
-        result[asked < 0] = -1
         return result
 
     def _extend_to_count(self, dataset: int, count: int) -> None:
@@ -338,6 +336,9 @@ def _compiled() -> ModuleType | None:
 
 
 def _compiled_files() -> list[str]:
+    # Slow to import, and not needed where the order is cached.
+    import importlib.metadata
+
     try:
         files = importlib.metadata.files("megatron-core") or []
     except importlib.metadata.PackageNotFoundError:

@@ -213,9 +213,4 @@ class TrainingDataset:
         """
         first, stop = self.index.sequences_of(document)
         end = self.index.tokens_in(first, stop) if token_end is None else token_end
-        # The training split begins with the first sequence, but may end within a document.
-        stop = min(stop, self.sequences[1])
-        if first >= stop:
-            return np.empty(0, np.int64)
-        tokens = (token_start, end)
-        return samples_of(self.order, (first, stop), self.index.lengths_of, tokens)
+        return samples_of(self.order, (first, stop), self.index.lengths_of, (token_start, end))

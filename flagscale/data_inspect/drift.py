@@ -41,8 +41,8 @@ LAYERS: tuple[tuple[layers.Layer, tuple[str, ...]], ...] = (
     (layers.seed, ("seed",)),
     (layers.seq_length, ("seq_length",)),
     (layers.split, ("split",)),
-    (layers.prefixes, ("blend",)),
     (layers.mixing, ("blend",)),
+    (layers.prefixes, ("blend",)),
     (layers.epochs, (*SAMPLES, "blend", "mid_level_dataset_surplus")),
     (layers.phase, ("phase_transition_iterations", "global_batch_size")),
     (layers.sampler, ("dataloader_type", "data_sharding", *RANKS, *SAMPLES, "blend")),
@@ -51,7 +51,7 @@ LAYERS: tuple[tuple[layers.Layer, tuple[str, ...]], ...] = (
     (layers.skipped, ("iterations_to_skip",)),
     (layers.cache, ("data_cache_path",)),
 )
-"""Each layer with the arguments that act in it."""
+"""Each layer with the arguments that act in it; of those that find nothing the first speaks."""
 
 FLAGS = {
     "blend": "--data-path",

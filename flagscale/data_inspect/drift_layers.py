@@ -311,20 +311,19 @@ def sampler(was: Side, now: Side) -> Verdict:
         DataError: Upstream's sampler does not start there: no samples are left, or their number is
             not one of whole micro batches of all ranks.
     """
+    total = now.total_samples
+    new = None if total is None else plan_sampler(now.args, total, now.position)
     if was.args.dataloader_type != now.args.dataloader_type:
         return _other(now, "one loader reads the samples in their order, the other shuffles them")
     if _is_single(now):
-        if now.total_samples is not None:
-            plan_sampler(now.args, now.total_samples, now.position)
         return _none("the samples are read from end to end, however many there are")
-    if was.total_samples is None or now.total_samples is None:
+    if was.total_samples is None or new is None:
         return Verdict(
             Effect.UNKNOWN,
             now.start.consumed,
             "cyclic shuffles all samples there are, and how many was not given",
         )
     old = plan_sampler(was.args, was.total_samples, was.position)
-    new = plan_sampler(now.args, now.total_samples, now.position)
     if isinstance(old, ShufflingSampler) and isinstance(new, ShufflingSampler):
         return _compare_shuffles(now, old, new)
     return _none("the samples are read from end to end")

@@ -201,7 +201,7 @@ class RankFile:
     """One file, read.
 
     Args:
-        path: The file.
+        path: The file. An empty one is ``empty`` and has nothing else.
 
     Raises:
         DataError: It is no ledger, or its segment is damaged.
@@ -217,6 +217,9 @@ class RankFile:
             raise DataError(
                 "a ledger cannot be read", where=str(path), got=str(error), cure="restore it"
             ) from error
+        self.empty = not len(self._bytes)
+        if self.empty:
+            return
         if bytes(self._bytes[: len(_MAGIC)]) != _MAGIC:
             raise self._damaged("it does not begin as a ledger does", len(_MAGIC))
         payload = self._payload(len(_MAGIC), _LARGEST_SEGMENT)
@@ -538,9 +541,9 @@ class Ledger:
 def _open_attempt(directory: Path) -> Attempt | None:
     files: dict[int, RankFile] = {}
     for path in sorted(directory.glob("dp*.ledger")):
-        if not path.stat().st_size:
-            continue  # opened, and the job was killed before it wrote a byte
         file = RankFile(path)
+        if file.empty:
+            continue  # opened, and the job was killed before it wrote a byte
         if file.segment["attempt"] != directory.name or path.name != file_name(
             file.segment["dp_rank"]
         ):

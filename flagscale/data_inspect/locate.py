@@ -82,7 +82,7 @@ def locate(
         try:
             with StartMapping(record, use_caches=use_caches, progress=progress) as mapping:
                 answer = locate_in(mapping, iteration, rows, documents=documents)
-                changes = mapping.changes() if answer.label is Label.UNKNOWN else []
+                changes = mapping.changes if answer.label is Label.UNKNOWN else []
         except (ConfigError, DataError) as error:
             failures.append(_sentence(error))
             continue
@@ -144,12 +144,13 @@ def _step(mapping: StartMapping, iteration: int, rows: StepRows | None) -> StepR
         return mapping.step_range(iteration)
     row = rows.any_row
     micro_batches = max(one.micro_batches for one in rows.rows.values())
-    if row.micro_batch_size != args.micro_batch_size:
+    expected = mapping.step_range(iteration).consumed_before
+    if (row.micro_batch_size, row.consumed_before) != (args.micro_batch_size, expected):
         raise DataError(
             "the ledger's rows are not of its segment",
             where=f"attempt {rows.attempt.name}, iteration {iteration}",
-            expected=f"micro batches of {args.micro_batch_size}",
-            got=row.micro_batch_size,
+            expected=f"micro batches of {args.micro_batch_size}, {expected} samples consumed before",
+            got=f"{row.micro_batch_size}, {row.consumed_before}",
             cure="restore the ledger",
         )
     after = row.consumed_before + micro_batches * args.micro_batch_size * args.dp_size
@@ -177,8 +178,10 @@ def _label(
         *(["a later start went back before this step and has not done it"] * rows.superseded),
         *(["an error ended the run in the midst of this step"] * rows.unfinished),
     )
-    if not rows.complete:
-        return Label.RECONSTRUCTED, (*told, *assumed)
+    # The tokens of another index can be the same, and the documents' bounds in them others.
+    changed = [str(change) for change in mapping.changes if change.kind == "changed"]
+    if changed or not rows.complete:
+        return Label.RECONSTRUCTED, (*told, *changed, *assumed)
     return Label.EXACT, (*told, *mapping.corpus.problems())
 
 

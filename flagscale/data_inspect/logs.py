@@ -5,7 +5,7 @@ A step is a line of ``iteration N/ M | key: value | ...``. What the fields mean:
 - The loss is the mean since the line before, over the steps whose update was applied.
 - A loss that is no number is not printed at all, and the count of NaN iterations may stay 0. Nor is
   a loss printed while every step so far was skipped. A printed 0 means that no token counted, or
-  that every step was skipped; releases before 0.15 print no 0.
+  that every step was skipped; older releases print no 0.
 - The first line of a start comes out of turn, after one step, and upstream then forgets to clear
   its sums: the next line averages that step again. Our own log says that it does clear them.
 - Passed-over iterations (``--iterations-to-skip``) print no line, but count as skipped samples.
@@ -60,14 +60,18 @@ class _Scan:
     clears_first: bool = False
 
     def drop_misspelt(self, names: set[str]) -> None:
-        """Note lines as damaged that lack a loss, but have a field there which no line has.
+        """Note lines as damaged that lack a loss, and more than that of what lines have there.
 
         Args:
             names: Of the fields of lines with a loss, in all files.
         """
-        damaged = [line for line in self.lines if not names.issuperset(line.beside)]
-        self.damaged += [line.source for line in damaged]
-        self.lines = [line for line in self.lines if names.issuperset(line.beside)]
+        always = names.intersection((*_BEFORE_THE_LOSS, *_AFTER_THE_LOSS)) - {"grad norm"}
+
+        def is_whole(line: StepLine) -> bool:
+            return line.beside is None or always <= set(line.beside) <= names
+
+        self.damaged += [line.source for line in self.lines if not is_whole(line)]
+        self.lines = [line for line in self.lines if is_whole(line)]
 
 
 def is_log_name(name: str) -> bool:
@@ -210,16 +214,21 @@ def _read_step(step: re.Match[str], body: str, scan: _Scan, source: Place) -> St
     """The step of a line; ``None`` if the line is damaged where the loss should be."""
     parts = [_FIELD.fullmatch(part) for part in body.split("|")[:-1]]
     names = ["" if part is None else _plain(part[1]) for part in parts]
-    fields = {_plain(part[1]): float(part[2]) for part in parts if part}
+    texts = {_plain(part[1]): part[2] for part in parts if part}
+    fields = {name: float(text) for name, text in texts.items()}
     loss_name = next((name for name in _LOSSES if name in fields), None)
-    beside: Sequence[str] = ()
+    iteration = int(step[1])
+    beside = None
     if loss_name:
         scan.names.update(fields)
     else:
         scan.other_losses.update(filter(_sounds_like_the_loss, names))
         beside = _around_the_loss(names)
-    iteration = int(step[1])
-    if iteration == 0 or not (loss_name or (beside and all(beside))):
+        # Half a loss that runs on from the field before it makes that no whole number.
+        runs_on = not texts.get("global batch size", "1").isdecimal()
+        if not beside or not all(beside) or runs_on:
+            return None
+    if iteration == 0:
         return None
     return StepLine(
         iteration=iteration,
@@ -235,7 +244,7 @@ def _read_step(step: re.Match[str], body: str, scan: _Scan, source: Place) -> St
         loss_scale=_finite(fields, "loss scale"),
         text=f"{iteration}/{step[2]}|{body.rstrip()}",
         source=source,
-        beside=tuple(beside),
+        beside=beside,
     )
 
 
@@ -243,11 +252,11 @@ def _sounds_like_the_loss(name: str) -> bool:
     return "loss" in name and not any(word in name for word in _NOT_THE_LOSS)
 
 
-def _around_the_loss(names: Sequence[str]) -> Sequence[str]:
-    """The fields between which the loss stands; empty if the line does not reach that far."""
+def _around_the_loss(names: Sequence[str]) -> tuple[str, ...]:
+    """The fields among which the loss stands; empty if the line does not reach that far."""
     before = [names.index(name) for name in _BEFORE_THE_LOSS if name in names]
     after = [names.index(name) for name in _AFTER_THE_LOSS if name in names]
-    return names[max(before) : min(after) + 1] if before and after else ()
+    return tuple(names[min(before) : max(after) + 1]) if before and after else ()
 
 
 @lru_cache(maxsize=1024)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import Self
 
@@ -153,6 +154,7 @@ class StartMapping:
             return [Mismatch(rank, "tokens", row.tokens_crc, crc)]
         return []
 
+    @cached_property
     def changes(self) -> list[FileChange]:
         """Which files of the datasets are not what the ledger says they were at this start.
 

@@ -299,9 +299,11 @@ def build_order(
     say = progress or (lambda _: None)
     random = np.random.RandomState(seed)
     together = plan.num_epochs - plan.separate_final_epoch
-    chosen = np.arange(first, last, dtype=np.int32)
-    document_index = np.tile(chosen, plan.num_epochs)
-    del chosen
+    document_index = np.empty(plan.num_epochs * (last - first), np.int32)
+    for start in range(first, last, CHUNK):
+        stop = min(start + CHUNK, last)
+        epochs = document_index.reshape(plan.num_epochs, last - first)
+        epochs[:, start - first : stop - first] = np.arange(start, stop)
     say(f"shuffling {len(document_index)} sequences")
     cut = together * (last - first)
     random.shuffle(document_index[:cut])

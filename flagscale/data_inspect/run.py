@@ -58,9 +58,18 @@ class StartRecord:
         Raises:
             DataError: Its arguments do not decide an order.
         """
+        args = DataArguments.read(attempt.segment["args"])
+        if args.dp_size != attempt.dp_size:
+            raise DataError(
+                "the segment of a ledger does not agree with itself",
+                where=f"attempt {attempt.name}",
+                expected=f"{attempt.dp_size} data-parallel ranks",
+                got=args.dp_size,
+                cure="restore the ledger",
+            )
         return cls(
             name=attempt.name,
-            args=DataArguments.read(attempt.segment["args"]),
+            args=args,
             start=Start(attempt.start_iteration, attempt.start_consumed),
             pad_token_id=int(attempt.segment["pad_token_id"]),
             attempt=attempt,

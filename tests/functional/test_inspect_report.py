@@ -122,6 +122,7 @@ def test_it_opens_with_the_verdict_and_asks_nothing_of_any_network(opened: OpenP
         "Iteration 612–613loss 3.680",
         "Iteration 820–821NaN loss",
     ]
+    assert "It is one file of 5.2 MB" in page.inner_text("main")
     names = page.evaluate("performance.getEntriesByType('resource').map(e => e.name)")
     assert [name for name in names if not name.startswith("data:")] == []
     assert page.locator("[src], [href]:not([href^='#'])").count() == 0
@@ -287,15 +288,16 @@ def test_hostile_texts_are_shown_as_they_are(opened: OpenPage, report: Report) -
 def test_a_command_is_copied_exactly(opened: OpenPage, report: Report) -> None:
     page = opened.page
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    assert page.locator(".copy").count() == 4
-    for number, command in enumerate(report.spikes[SECOND].commands):
-        page.click(f"#step .copy >> nth={number}")
+    commands = report.spikes[SECOND].commands + report.commands
+    assert page.locator(".copy").count() == len(commands) == 4
+    for number, command in enumerate(commands):
+        page.click(f".copy >> nth={number}")
         page.wait_for_function(
-            "n => document.querySelectorAll('#step .copy')[n].textContent === 'Copied'", arg=number
+            "n => document.querySelectorAll('.copy')[n].textContent === 'Copied'", arg=number
         )
         assert page.evaluate("navigator.clipboard.readText()") == command.text
-        shown_text = page.locator("#step .command pre").nth(number).evaluate("e => e.textContent")
-        assert shown_text == command.text
+        written = page.locator(".command pre").nth(number).evaluate("e => e.textContent")
+        assert written == shown(command.text)
 
 
 def test_a_large_step_of_one_rank_wraps_and_can_be_clicked(

@@ -165,7 +165,7 @@ def make_report() -> Report:
         commands=(
             Command(
                 "Before resuming: do new flags change the order?",
-                "python tools/inspect_data.py drift outputs/aquila-7b --micro-batch-size 2",
+                "python tools/inspect_data.py drift 'outputs/not\u200bseen' --micro-batch-size 2",
             ),
         ),
     )

@@ -25,7 +25,10 @@ class StubTokenizer:
 def write_documents(
     prefix: Path, documents: Sequence[Sequence[int]], dtype: type = np.uint16, seed: int = 0
 ) -> None:
-    """Write ``prefix``.bin and .idx: documents as lists of the lengths of their sequences."""
+    """Write ``prefix``.bin and .idx: documents as lists of the lengths of their sequences.
+
+    A tenth of the tokens are padding.
+    """
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -33,7 +36,8 @@ def write_documents(
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     for lengths in documents:
         for length in lengths:
-            builder.add_item(torch.from_numpy(rng.integers(0, 999, length)))
+            tokens = np.where(rng.random(length) < 0.1, 998, rng.integers(0, 998, length))
+            builder.add_item(torch.from_numpy(tokens))
         builder.end_document()
     builder.finalize(f"{prefix}.idx")
 

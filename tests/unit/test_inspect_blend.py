@@ -196,6 +196,14 @@ def test_lookups_and_their_inverse(data: st.DataObject) -> None:
         assert order.index_of(len(raw), wanted).tolist() == [-1] * len(wanted)
 
 
+def test_the_inverse_goes_on_until_it_finds() -> None:
+    """How far it must look is a guess from the weight, which these weights mislead."""
+    mix = Mix((0.9, 0.9), 5000)
+    datasets, samples = mixing_order(mix)
+    (place,) = np.flatnonzero((datasets == 1) & (samples == 2000))
+    assert BlendOrder(mix).index_of(1, [2000, 2500]).tolist() == [place, -1]
+
+
 def test_upstream_divides_by_the_sum_twice() -> None:
     """The last bit of a weight counts: a blend is found that comes out otherwise without it."""
     raw = next(

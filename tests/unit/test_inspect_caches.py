@@ -141,9 +141,10 @@ def test_a_value_out_of_range_is_named(
         values = np.load(path)
         values[len(values) // 2] = change
         np.save(path, values)
-    with TrainingCorpus.open(run, SAMPLES) as corpus, pytest.raises(DataError) as raised:
-        corpus.tokens_of(np.zeros(1), np.zeros(1))
-        corpus.dataset(0).tokens(np.arange(corpus.dataset(0).size))
+    with TrainingCorpus.open(run, SAMPLES) as corpus:
+        samples = np.arange(corpus.dataset(0).size)
+        with pytest.raises(DataError) as raised:
+            corpus.tokens_of(np.zeros_like(samples), samples)
     assert raised.value.what.startswith("a cached order is damaged")
     assert part in str(raised.value.where)
 
@@ -324,5 +325,8 @@ def test_a_blend_whose_datasets_were_swapped_is_seen(tmp_path: Path) -> None:
         ]
     order[5000] = 1 - order[5000]
     np.save(paths[0], order)
-    with CachedBlend(paths, (0.4, 0.6), len(order)) as blend, pytest.raises(DataError):
-        blend.locate(np.arange(4990, 5010))
+    with CachedBlend(paths, (0.4, 0.6), len(order)) as blend:
+        with pytest.raises(DataError, match="damaged"):
+            blend.locate(np.arange(4990, 5010))
+        with pytest.raises(DataError, match="damaged"):
+            blend.find(1 - order[5000], inner[5000:5001])

@@ -168,11 +168,15 @@ def test_what_is_said_is_what_happens(
     except (ConfigError, DataError):
         return
     try:
-        now, new_orders = read(new, start, 25), orders_of(new, start)
-    except (ConfigError, DataError):
-        assert drift(old, new, start, orders).effect in {Effect.REFUSED, Effect.UNKNOWN}
-        return
+        new_orders = orders_of(new, start)
+    except ConfigError:
+        new_orders = None
     answer = drift(old, new, start, orders, new_orders)
+    try:
+        now = read(new, start, 25)
+    except (ConfigError, DataError):
+        assert answer.effect is Effect.REFUSED
+        return
     assert {finding.flag for finding in answer.findings} == {
         {"blend": "--data-path", "dp_size": "data-parallel size",
          "data_sharding": "--no-data-sharding"}.get(name, "--" + name.replace("_", "-"))
@@ -283,13 +287,55 @@ def test_changes_that_undo_each_other_are_harmless_to_the_order() -> None:
 def test_only_the_flag_to_blame_is_blamed() -> None:
     answer = compare(ARGS, START, train_iters=500, mid_level_dataset_surplus=0.0051)
     effects = {finding.flag: finding.effect for finding in answer.findings}
-    assert effects["--train-iters"] is Effect.OTHER_ORDER
+    assert effects == {
+        "--train-iters": Effect.OTHER_ORDER,
+        "--mid-level-dataset-surplus": Effect.NONE,
+    }
     answer = compare(ARGS, START, micro_batch_size=4, data_sharding=False)
     effects = {finding.flag: finding.effect for finding in answer.findings}
     assert effects == {
         "--micro-batch-size": Effect.SAME_SAMPLES_OTHER_RANKS,
         "--no-data-sharding": Effect.NONE,
     }
+
+
+def test_flags_that_only_together_do_harm_are_all_blamed() -> None:
+    old = replace(ARGS, global_batch_size=12)
+    answer = compare(old, START, micro_batch_size=3, dp_size=3)
+    refused = [f.flag for f in answer.findings if f.effect is Effect.REFUSED]
+    assert refused == ["--micro-batch-size", "data-parallel size"]
+    alone = compare(old, START, micro_batch_size=3), compare(old, START, dp_size=3)
+    assert {answer.effect for answer in alone} == {Effect.SAME_SAMPLES_OTHER_RANKS}
+
+
+def test_a_flag_is_not_blamed_for_what_another_does_to_the_datasets() -> None:
+    old = replace(ONE, dataloader_type="cyclic", dp_size=1)
+    answer = compare(old, START, train_iters=2000, data_sharding=False)
+    blamed = {f.flag for f in answer.findings if f.effect is not Effect.NONE}
+    assert blamed == {"--train-iters"}
+
+
+def test_a_shared_shuffle_divided_anew_is_the_same_up_to_its_leftovers() -> None:
+    def of_size(rest: int) -> tuple[DataArguments, int]:
+        """The samples of the blend, divided by those of a slice, leave a rest."""
+        sizes = {n: plan_blend(ARGS, n).size or 0 for n in range(1440, 1460)}
+        samples = next(n for n, size in sizes.items() if size % 4 == rest)
+        args = replace(CYCLIC, data_sharding=False, train_samples=samples)
+        return args, sizes[samples]
+
+    old, total = of_size(2)
+    answer = compare(old, micro_batch_size=1, dp_size=4)
+    assert (answer.effect, answer.first_sample) == (Effect.OTHER_ORDER, total - 2)
+    old, _ = of_size(0)
+    answer = compare(old, micro_batch_size=1, dp_size=4)
+    assert answer.effect is Effect.SAME_SAMPLES_OTHER_RANKS
+
+
+def test_samples_counted_from_another_transition() -> None:
+    old = replace(ARGS, train_samples=6000)
+    finding = compare(old, phase_transition_iterations=(5,)).findings[-1]
+    assert (finding.effect, finding.first_sample) == (Effect.OTHER_ORDER, 240)
+    assert "counted from another phase transition" in finding.explanation
 
 
 def test_a_dataset_that_is_shuffled_anew_counts_from_its_next_sample() -> None:
@@ -301,6 +347,20 @@ def test_a_dataset_that_is_shuffled_anew_counts_from_its_next_sample() -> None:
     blend = BlendOrder(mix_of(plan_blend(new, 1500))).take(240, 1000)[0]
     assert finding.first_sample == 240 + blend.tolist().index(1)
     assert "b is read in 2 epochs instead of 1 epoch" in finding.explanation
+
+
+def test_the_last_epoch_alone_changes_the_order_of_all() -> None:
+    """As many epochs as before, but the last is no longer shuffled by itself."""
+    plans = [OrderPlan(2, True, 499, 999), OrderPlan(2, False, 999, 999)]
+    new = replace(ONE, train_iters=80)
+    finding = only(drift(ONE, new, START, plans[:1], plans[1:]))
+    assert (finding.effect, finding.first_sample) == (Effect.OTHER_ORDER, START.consumed)
+    assert "2 epochs instead of 2 epochs, the last shuffled by itself" in finding.explanation
+
+
+def test_weights_in_the_same_proportion_are_the_same() -> None:
+    finding = only(compare(ARGS, blend=Blend(("a", "b", "c"), (2, 3, 5))))
+    assert finding.explanation == "in proportion the weights are as they were"
 
 
 def test_without_the_facts_the_answer_is_unknown() -> None:

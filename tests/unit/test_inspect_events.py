@@ -66,7 +66,7 @@ def test_a_step_has_all_that_was_written(tmp_path: Path) -> None:
 
 
 def test_restarts_are_files_in_order_of_time(tmp_path: Path) -> None:
-    _write(tmp_path / "events.out.tfevents.1.a", _steps({1: 1.0, 2: 1.0, 3: 1.0}), began=10.0)
+    _write(tmp_path / "events.out.tfevents.9.a", _steps({1: 1.0, 2: 1.0, 3: 1.0}), began=10.0)
     _write(tmp_path / "events.out.tfevents.3.a", _steps({2: 3.0}), began=30.0)
     _write(tmp_path / "events.out.tfevents.4.a", [], began=40.0)  # died before its first step
     (tmp_path / "deeper").mkdir()

@@ -180,11 +180,18 @@ def test_a_segment_that_makes_no_sense_is_refused(tmp_path: Path, facts: dict[st
 
 
 def test_another_file_is_no_ledger(tmp_path: Path) -> None:
-    for content in (b"", b"{}", b"FSLEDGR1", b"FSLEDGR1" + struct.pack("<II", 5, zlib.crc32(b""))):
+    for content in (b"{}", b"FSLEDGR1", b"FSLEDGR1" + struct.pack("<II", 5, zlib.crc32(b""))):
         path = tmp_path / "file"
         path.write_bytes(content)
         with pytest.raises(DataError, match="damaged"):
             RankFile(path)
+
+
+def test_a_file_that_was_opened_and_not_written_is_passed_over(tmp_path: Path) -> None:
+    write_attempt(tmp_path, "a", 0, range(1, 5), dp_size=2)
+    (tmp_path / "a" / file_name(1)).write_bytes(b"")
+    (attempt,) = Ledger(tmp_path).attempts
+    assert set(attempt.files) == {0}
 
 
 # --- attempts -------------------------------------------------------------------------------------

@@ -70,6 +70,7 @@ def _line(iteration: int, loss: str | None = "2.5", *, skipped: int = 0, more: s
         f"7: {_OLD}",
         f"[rank7]: {_OLD}  ",
         f"\x1b[32m20251202 09:12:08\x1b[0m INFO {_OLD}\x1b[0m",
+        _OLD.replace("2.345678E+00", "\x1b[31m2.345678E+00\x1b[0m"),
         _OLD.replace("lm loss", "lm-loss"),
         _OLD.replace("lm loss", "loss"),
         f"40%|####      | 4/10\r{_OLD}",
@@ -114,11 +115,21 @@ def test_a_line_damaged_where_the_loss_stands_is_not_a_nan(tmp_path: Path) -> No
         whole.replace("lm loss: 2.5", "lm l"),
         whole.replace("lm loss: 2.5", "lm lxss: 2.5"),
         whole.replace("lm loss: 2.5", "lm loss: 2.[rank3]"),
+        whole.replace(" |" + whole.split("|")[5] + "| loss scale:", ""),
+        whole.replace("global batch size:    16 | lm loss: 2", "global batch size:    16"),
+        whole.replace("size:    16 | lm loss: 2.5", "size:    157E+00"),
+        whole.replace("1.5E-04 | global batch size:    16 | lm loss: 2.5", "1."),
+        whole.replace("16 | lm loss: 2.5 | loss scale: 1.0", "1.0"),
     ):
         curve = _read(tmp_path, _line(1) + _line(2) + broken + _line(4))
         assert [point.iteration for point in curve.points] == [1, 2, 4]
         assert not any(point.nan for point in curve.points)
         assert [place.position for place in curve.damaged] == [3]
+
+
+def test_a_log_of_nothing_but_a_damaged_line_has_no_step(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no training step is logged there"):
+        _read(tmp_path, _line(3).replace("lm loss: 2.5", "lm lo[rank3] hello"))
 
 
 def test_two_steps_on_one_line_and_invalid_text(tmp_path: Path) -> None:
@@ -168,7 +179,7 @@ def test_a_folder_of_rank_logs(tmp_path: Path) -> None:
     (tmp_path / "rank_0.log").write_text(" loading checkpoint from x at iteration 3\n")
     (tmp_path / "rank_9.log").write_text(_line(1) + _line(2))
     (tmp_path / "rank_10.log").write_text(_line(2).replace("2.5", "2.6") + _line(3))
-    (tmp_path / "copy.out").write_text(_line(1) + _line(2))
+    (tmp_path / "tee.out").write_text(_line(1) + _line(2))
     (tmp_path / "notes.md").write_text(_line(700))
     curve = read_log(tmp_path)
     assert [(p.attempt, p.iteration) for p in curve.points] == [(0, 1), (0, 2), (1, 2), (1, 3)]
@@ -322,6 +333,28 @@ def test_passed_over_iterations_widen_an_interval_and_lost_lines_do_not(tmp_path
     skipping = " skipped samples:           32 |"
     text = _line(10) + _line(20) + _line(30) + _line(50, more=skipping) + _line(80, more=skipping)
     assert [point.interval for point in _read(tmp_path, text).points] == [10, 10, 10, 20, 10]
+
+
+def test_the_second_line_averages_the_first_again_unless_the_log_says_otherwise(
+    tmp_path: Path,
+) -> None:
+    text = _line(1) + _line(2) + _line(3)
+    assert [point.interval for point in _read(tmp_path, text).points] == [1, 2, 1]
+    clears = "  on   log-interval: always\n" + text
+    assert [point.interval for point in _read(tmp_path, clears).points] == [1, 1, 1]
+
+
+def test_a_log_of_a_release_that_prints_no_first_step(tmp_path: Path) -> None:
+    text = _line(10) + _line(20) + _line(30) + _line(20, "3.5") + _line(30) + _line(40)
+    curve = _read(tmp_path, text)
+    assert [point.interval for point in curve.points] == [10] * 6
+    assert curve.attempts[1].first_iteration == 11
+    told = text.replace(
+        _line(20, "3.5"), " loading checkpoint from x at iteration 13\n" + _line(20)
+    )
+    curve = _read(tmp_path, told)
+    assert [point.interval for point in curve.points] == [10, 10, 10, 7, 10, 10]
+    assert curve.attempts[1].first_iteration == 14
 
 
 def test_a_line_out_of_turn_is_a_start(tmp_path: Path) -> None:

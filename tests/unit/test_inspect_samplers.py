@@ -138,6 +138,14 @@ def test_the_inverse_finds_every_read_and_no_other(
     assert sampler.reads(wanted, begin, begin) == []
 
 
+def test_what_a_rank_reads_late_is_found_where_the_range_begins_there() -> None:
+    sampler = plan_sampler(arguments(1, 2, "cyclic", False), 7, 0)
+    for consumed in range(0, 40, 2):
+        drawn_there = sorted(sampler.indices(consumed, 1).flat)
+        found = sampler.reads(range(7), consumed, consumed + 2)
+        assert sorted(read.index for read in found) == drawn_there
+
+
 def test_single_does_not_draw_beyond_the_last_whole_slice() -> None:
     sampler = plan_sampler(arguments(2, 2, "single"), 11, 0)
     assert sampler.indices(4, 1).tolist() == [[[4, 5]], [[6, 7]]]

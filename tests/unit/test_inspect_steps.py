@@ -211,6 +211,16 @@ def test_ramps_decreased_to_whole_micro_batches(
     check(args, FRESH, 100)
 
 
+@pytest.mark.parametrize(("rises", "samples"), [(7, 9), (7, 29), (31, 2000), (40, 7), (3, 1)])
+def test_ramps_whose_divisions_round(rises: int, samples: int) -> None:
+    """In floating point 29 / (29 / 7) is less than 7: the ramp ends a sample late."""
+    args = replace(ARGS, global_batch_size=1 + rises, rampup_batch_size=(1, 1, samples))
+    sizes, schedule = calculator(args), plan_schedule(args)
+    for consumed in range(samples + 3):
+        sizes.update(consumed, consistency_check=True)
+        assert schedule.batch_size(consumed) == sizes.get_current_global_batch_size()
+
+
 def test_the_ramp_of_the_34b_model_over_millions_of_iterations() -> None:
     args = replace(
         ARGS, global_batch_size=1024, rampup_batch_size=(32, 32, 2_000_000), seq_length=4096

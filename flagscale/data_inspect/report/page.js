@@ -363,14 +363,14 @@
   }
 
   function rankingCard() {
-    const heads = [["#", "n"], ["score", "n"], ["loss", "n"], ["read", "n"], ["tokens", "n"], ["document and text", "where"]];
+    const heads = [["#", "n"], ["score", "n"], ["document and text", "where"], ["loss", "n"], ["read", "n"], ["tokens", "n"]];
     const rows = data.ranking.map((entry, index) => [
       [String(index + 1), "n"],
       [number(entry.score, 2) + (entry.uncertainty === null ? "" : ` ± ${number(entry.uncertainty, 2)}`), "n"],
+      [rankedDocument(entry), "where"],
       [number(entry.loss), "n"],
       [entry.visits === null ? "–" : `${whole(entry.visits)}×`, "n"],
       [entry.tokens === null ? "–" : whole(entry.tokens), "n"],
-      [rankedDocument(entry), "where"],
     ]);
     return card("Documents of the whole run that stand out", make("p", { class: "note" }, "Score above 0: harder than its like; below 0: easier, such as a text that repeats itself."), table(heads, rows));
   }
@@ -390,9 +390,14 @@
     return card("Attempts", list);
   }
 
+  function megabytes() {
+    const characters = [...document.scripts].reduce((sum, script) => sum + script.textContent.length, 0);
+    return (characters / 1e6).toFixed(1);
+  }
+
   function cutsCard() {
     return card("About this page", make("ul", { class: "plain" }, ...data.cut.map((line) => make("li", {}, line)),
-      make("li", {}, "It is one file that fetches nothing: it can be mailed and opened offline.")));
+      make("li", {}, `It is one file of ${megabytes()} MB, most of them the plotting library, and fetches nothing: it can be mailed and opened offline.`)));
   }
 
   page.replaceChildren(
