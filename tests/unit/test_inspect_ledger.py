@@ -23,6 +23,9 @@ from flagscale.data_inspect.ledger import (
 )
 from flagscale.errors import DataError
 
+FEW = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 FINITE = st.floats(-(2.0**99), 2.0**99, width=32)
 COUNT = st.integers(0, 2**32 - 1)
 HALF = st.floats(0, 60000, width=16) | st.sampled_from([float("nan"), float("inf"), -1.0])
@@ -101,7 +104,7 @@ def assert_same(left: Row, right: Row) -> None:
         np.testing.assert_array_equal(value, getattr(right, name), err_msg=name)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@FEW
 @given(rows())
 def test_what_is_written_is_read(tmp_path: Path, written: list[Row]) -> None:
     path = tmp_path / "file"
@@ -119,7 +122,7 @@ def test_a_row_costs_2_kilobytes_at_1024_samples() -> None:
     assert len(row) == 56 + 2 * 1024
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@FEW
 @given(cut=st.integers(1, 5 * 64 - 1))
 @example(cut=1)
 def test_a_file_cut_anywhere_keeps_its_whole_rows(tmp_path: Path, cut: int) -> None:
