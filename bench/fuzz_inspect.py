@@ -30,7 +30,7 @@ _COLUMNS = (
 
 def main() -> int:
     """Run the mutations; the exit code says whether any was met badly."""
-    from harness.inspect_damage import KINDS, FalseExact, Truth, damaged, meet
+    from harness.inspect_damage import KINDS, FalseExactError, Truth, damaged, meet
     from harness.inspect_run import write_run
 
     parser = argparse.ArgumentParser(description="Only errors of our own, and no false EXACT.")
@@ -51,7 +51,7 @@ def main() -> int:
                     with damaged(truth, kind, rng) as done:
                         outcome = meet(truth, kind, rng)
                 except Exception as error:
-                    false = isinstance(error, FalseExact)
+                    false = isinstance(error, FalseExactError)
                     outcome = "FALSE EXACT" if false else "other exception"
                     print(f"{kind} {number}, {done}: {error}")
                     if not false:

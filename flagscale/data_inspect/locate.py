@@ -149,7 +149,7 @@ def _step(mapping: StartMapping, iteration: int, rows: StepRows | None) -> StepR
         raise DataError(
             "the ledger's rows are not of its segment",
             where=f"attempt {rows.attempt.name}, iteration {iteration}",
-            expected=f"micro batches of {args.micro_batch_size}, {expected} samples consumed before",
+            expected=f"micro batches of {args.micro_batch_size}, {expected} consumed before",
             got=f"{row.micro_batch_size}, {row.consumed_before}",
             cure="restore the ledger",
         )

@@ -1,4 +1,4 @@
-"""Damage done to the files of a run, and what must come of it: never a wrong answer called EXACT."""
+"""Damage done to the files of a run; what must come of it: never a wrong answer called EXACT."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from flagscale.data_inspect.spikes import find_spikes
 from flagscale.errors import FlagScaleError
 from harness.inspect_run import LAST, WrittenRun
 
-__all__ = ["KINDS", "FalseExact", "Truth", "damaged", "meet"]
+__all__ = ["KINDS", "FalseExactError", "Truth", "damaged", "meet"]
 
 KINDS = ("ledger", "idx", "bin", "cache", "description", "sidecar", "log", "events")
 
 
-class FalseExact(AssertionError):
+class FalseExactError(AssertionError):
     """An answer is called EXACT, and is wrong."""
 
 
@@ -109,15 +109,15 @@ def meet(truth: Truth, kind: str, rng: random.Random) -> str:
         The outcome, in a word.
 
     Raises:
-        FalseExact: A wrong answer is called EXACT.
+        FalseExactError: A wrong answer is called EXACT.
     """
     if kind in ("log", "events"):
         return _meet_curve(truth, kind, rng)
     outcomes = []
     try:
         run = open_run(truth.run.directory)
-        for iteration in rng.sample(range(1, LAST + 1), 2):
-            outcomes.append(_meet_step(truth, run, iteration, sources=kind != "sidecar"))
+        asked = rng.sample(range(1, LAST + 1), 2)
+        outcomes += [_meet_step(truth, run, i, sources=kind != "sidecar") for i in asked]
         outcomes.append(_meet_document(truth, run, rng))
     except FlagScaleError as error:
         str(error).encode()  # a message that cannot be printed is no message
@@ -138,9 +138,9 @@ def _meet_step(truth: Truth, run: Run, iteration: int, *, sources: bool) -> str:
         if source and not told:
             return "EXACT without source lines"
         if _facts(answer, sources=source) != _facts(known, sources=source):
-            raise FalseExact(f"iteration {iteration}{' (source lines)' * source}")
+            raise FalseExactError(f"iteration {iteration}{' (source lines)' * source}")
     if _text_crc(answer) != truth.tokens[iteration]:
-        raise FalseExact(f"the tokens of iteration {iteration}")
+        raise FalseExactError(f"the tokens of iteration {iteration}")
     return "EXACT and right"
 
 
@@ -157,10 +157,10 @@ def _meet_document(truth: Truth, run: Run, rng: random.Random) -> str:
     exact = [one for one in found if one.label is Label.EXACT]
     for one in exact:
         if (one.iteration, one.rank, one.micro_batch, one.position, one.sample_index) not in true:
-            raise FalseExact(f"document {document} of dataset {dataset}: {one}")
+            raise FalseExactError(f"document {document} of dataset {dataset}: {one}")
     labels = {one.label for one in found}
     if labels == {Label.EXACT} and len(found) != len(true):
-        raise FalseExact(f"document {document} of dataset {dataset}: {len(found)} reads")
+        raise FalseExactError(f"document {document} of dataset {dataset}: {len(found)} reads")
     return "EXACT and right" if labels <= {Label.EXACT} else max(labels).value
 
 
@@ -173,7 +173,7 @@ def _meet_curve(truth: Truth, kind: str, rng: random.Random) -> str:
             run = open_run(path.parent)
             answer = locate(run, rng.randint(1, LAST))
             if answer.label is Label.EXACT:
-                raise FalseExact("without a ledger")
+                raise FalseExactError("without a ledger")
             return answer.label.value
     except FlagScaleError as error:
         str(error).encode()
@@ -299,8 +299,9 @@ _BYTES: tuple[Change, ...] = (
     _flip, _flip, _number, _overwrite, _truncate, _extend, _insert, _delete, _swap, _replace,
 )  # fmt: skip
 _ODD: tuple[Any, ...] = (
-    None, True, 0, -1, 3, 1 << 40, 1 << 70, 1.5, float("inf"), float("nan"), "", "x", "-1", "9" * 30,
-    "\0", "\ud800", [], [1], ["x"], [None], {}, {"a": 1}, [[]], "0:4,64:8", "99,1,0", "cyclic",
+    None, True, 0, -1, 3, 1 << 40, 1 << 70, 1.5, float("inf"), float("nan"), "", "x", "-1",
+    "9" * 30, "\0", "\ud800", [], [1], ["x"], [None], {}, {"a": 1}, [[]], "0:4,64:8", "99,1,0",
+    "cyclic",
 )  # fmt: skip
 
 

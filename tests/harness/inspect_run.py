@@ -1,8 +1,8 @@
 """A run's directory without a run: upstream's own datasets say what its ranks drew.
 
 Two datasets in a blend, with documents of several sequences and padding tokens; a first start of
-two ranks, that was killed, and a second of four, that went on from the checkpoint before. Beside the
-ledger there are a log, an event file, caches and sidecars.
+two ranks, that was killed, and a second of four, that went on from the checkpoint before. Beside
+the ledger there are a log, an event file, caches and sidecars.
 """
 
 from __future__ import annotations
