@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from tokenize import TokenError
 from types import TracebackType
 from typing import Any, Self
 
@@ -93,7 +94,8 @@ class SourceMap:
             start = self._rows.tell()
             if dtype != ROW_DTYPE or path.stat().st_size != start + shape[0] * dtype.itemsize:
                 raise ValueError(f"shape {shape}, dtype {dtype}, {path.stat().st_size} bytes")
-        except ValueError as error:
+        # numpy parses a header as Python, and raises what that raises.
+        except (ValueError, TypeError, IndexError, SyntaxError, TokenError) as error:
             raise DataError(
                 "the sidecar is not one of ours, or was cut short",
                 where=str(path),

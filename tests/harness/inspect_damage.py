@@ -133,7 +133,8 @@ def _meet_step(truth: Truth, run: Run, iteration: int, *, sources: bool) -> str:
     if answer.label is not Label.EXACT:
         return answer.label.value
     known = truth.steps[iteration]
-    for source in (False, True):
+    # A sidecar is in no checksum and in no fingerprint: the label is not about source lines.
+    for source in (False, True) if sources else (False,):
         told = any(span.source_file for s in answer.samples for span in s.documents)
         if source and not told:
             return "EXACT without source lines"

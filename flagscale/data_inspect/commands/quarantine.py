@@ -15,10 +15,10 @@ from flagscale.data_inspect.commands import (
     format_table,
     to_stderr,
 )
-from flagscale.data_inspect.commands.rank import rank_losses
+from flagscale.data_inspect.commands.rank import AROUND, rank_losses
 from flagscale.data_inspect.indexed import Fingerprint, IndexedFile
 from flagscale.data_inspect.locate import Reading, find_readings
-from flagscale.data_inspect.losses import open_losses
+from flagscale.data_inspect.losses import Losses, open_losses
 from flagscale.data_inspect.quarantine import (
     QuarantineEntry,
     QuarantineList,
@@ -139,13 +139,31 @@ def _ranked(found: Run, args: argparse.Namespace) -> Iterator[QuarantineEntry]:
         return
     with open_losses(found, to_stderr) as losses:
         if args.iteration is not None:
-            step = (args.iteration, args.iteration)
-            ranking = rank_losses(losses, *step, blocks=True, limit=1000)
-            yield from _standing_out(found, args, ranking.hard, args.iteration)
+            # By the documents of the steps around it: those of a bad step alone say nothing of
+            # what is ordinary.
+            around = (max(1, args.iteration - AROUND), args.iteration + AROUND)
+            ranking = rank_losses(losses, *around, blocks=True, limit=None)
+            inside = _documents_of(losses, args.iteration)
+            hard = tuple(one for one in ranking.hard if (one.dataset, one.document) in inside)
+            yield from _standing_out(found, args, hard, args.iteration)
         if args.top:
             everything = (losses.first_iteration, losses.last_iteration)
             ranking = rank_losses(losses, *everything, blocks=True, limit=args.top)
             yield from _standing_out(found, args, ranking.hard, None)
+
+
+def _documents_of(losses: Losses, iteration: int) -> set[tuple[int, int]]:
+    """``(dataset, document)`` of all that a step read."""
+    return {
+        (int(dataset), span.document)
+        for step in losses.steps(iteration, iteration)
+        for dataset, spans in zip(
+            step.datasets,
+            losses.mapping.corpus.documents_of(step.datasets, step.samples),
+            strict=True,
+        )
+        for span in spans
+    }
 
 
 def _standing_out(

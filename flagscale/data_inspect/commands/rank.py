@@ -63,7 +63,9 @@ def run(args: argparse.Namespace) -> Output:
     return Output("\n".join(parts), _json(ranking, prefixes))
 
 
-def rank_losses(losses: Losses, first: int, last: int, *, blocks: bool, limit: int) -> Ranking:
+def rank_losses(
+    losses: Losses, first: int, last: int, *, blocks: bool, limit: int | None
+) -> Ranking:
     """Rank the documents of some iterations by what was usual around them.
 
     Raises:
