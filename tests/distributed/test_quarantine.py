@@ -531,7 +531,9 @@ def test_what_cannot_be_in_force_is_refused(corpora: list[Path], tmp_path: Path)
     path.write_text("{")
     assert f"--quarantine, {path}" in refusal("broken")
     path.unlink()
-    assert f"--quarantine, {path}" in refusal("missing")
+    missing = refusal("missing")
+    assert "--quarantine" in missing
+    assert str(path) in missing
 
 
 def test_another_dataset_and_another_list_are_refused(tmp_path: Path) -> None:
