@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +29,12 @@ _UNITS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 def exit_code(program: Callable[[], int]) -> int:
     """Run a program; its exit code, or that of the error it ends with, which is printed."""
     try:
-        return program()
+        code = program()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except FlagScaleError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

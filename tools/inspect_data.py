@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
+import io
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -44,15 +44,19 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command that is asked for."""
-    args = parse_arguments(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that is asked for; returns the exit code."""
+    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    return exit_code(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
     output: Output = _module(args.command).run(args)
-    text = json.dumps(output.json, ensure_ascii=False, indent=1) if args.json else output.text
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    print(text)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    print(output.json_text() if args.json else output.text)
     return output.exit_code
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_code(lambda: main(sys.argv[1:])))
+    raise SystemExit(main())

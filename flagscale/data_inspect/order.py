@@ -43,6 +43,8 @@ SEPARATE_BELOW = 0.80
 BLOCK = 64
 """Positions between two remembered places in the stream: an eighth of a byte each, not eight."""
 CHUNK = 1 << 22
+LONG = 1 << 23
+"""So many elements take long enough to be told of."""
 
 Progress = Callable[[str], None]
 Array = npt.NDArray[Any]
@@ -294,17 +296,18 @@ def build_order(
         seed: ``--seed``.
         seq_length: Tokens a sample, the extra one not counted.
         add_extra: Whether a sample is read with the token behind it.
-        progress: Told what is about to be done.
+        progress: Told what is about to be done, where it takes long.
     """
-    say = progress or (lambda _: None)
+    positions = plan.num_epochs * (last - first)
+    say = progress if progress and positions + plan.num_samples_total > LONG else lambda _: None
     random = np.random.RandomState(seed)
     together = plan.num_epochs - plan.separate_final_epoch
-    document_index = np.empty(plan.num_epochs * (last - first), np.int32)
+    document_index = np.empty(positions, np.int32)
     for start in range(first, last, CHUNK):
         stop = min(start + CHUNK, last)
         epochs = document_index.reshape(plan.num_epochs, last - first)
         epochs[:, start - first : stop - first] = np.arange(start, stop)
-    say(f"shuffling {len(document_index)} sequences")
+    say(f"shuffling {positions} sequences")
     cut = together * (last - first)
     random.shuffle(document_index[:cut])
     if plan.separate_final_epoch:
@@ -316,7 +319,7 @@ def build_order(
     random.shuffle(shuffle_index[:cut])
     if cut < total:
         random.shuffle(shuffle_index[cut:])
-    say(f"adding up {len(document_index)} lengths")
+    say(f"adding up {positions} lengths")
     return BuiltOrder(lengths, first, document_index, shuffle_index, plan, seq_length, add_extra)
 
 

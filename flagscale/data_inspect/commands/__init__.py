@@ -6,6 +6,8 @@ A module has ``add_arguments(parser)`` and ``run(args) -> Output``.
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ __all__ = [
     "chosen_document",
     "dataset_ordinal",
     "format_table",
+    "ordinal",
     "to_stderr",
 ]
 
@@ -46,13 +49,35 @@ class Output:
 
     Args:
         text: For people.
-        json: The same for programs: what :func:`json.dumps` takes.
+        json: The same for programs: what :func:`json.dumps` takes, and infinities and NaN, which
+            JSON does not know: they become the texts ``Infinity``, ``-Infinity`` and ``NaN``.
         exit_code: 0 if all is well, 1 if what was asked cannot be vouched for.
     """
 
     text: str
     json: Any
     exit_code: int = 0
+
+    def json_text(self) -> str:
+        """``json``, written out."""
+        return json.dumps(_finite(self.json), ensure_ascii=False, indent=1, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def ordinal(text: str) -> int:
+    """An argument that counts from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return int(text)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from math import isnan
-from typing import Any
 
 from flagscale.data_inspect.answers import DocumentSpan, Label, SampleAnswer, StepAnswer
 from flagscale.data_inspect.commands import (
@@ -14,19 +12,20 @@ from flagscale.data_inspect.commands import (
     add_run_arguments,
     chosen_document,
     format_table,
+    ordinal,
     to_stderr,
 )
 from flagscale.data_inspect.locate import Reading, find_readings, locate
 from flagscale.data_inspect.run import Run, open_run
 
-__all__ = ["add_arguments", "run", "step_json"]
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """``RUN_DIR``, and a step or a document."""
     add_run_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--iteration", type=int, help="1-based, as logged")
+    what.add_argument("--iteration", type=ordinal, help="1-based, as logged")
     add_document_arguments(what)
 
 
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> Output:
     if args.iteration is None:
         return _readings(found, args)
     answer = locate(found, args.iteration, progress=to_stderr)
-    return Output(_step_text(answer), step_json(answer), int(answer.label is Label.UNKNOWN))
+    return Output(_step_text(answer), asdict(answer), int(answer.label is Label.UNKNOWN))
 
 
 def _readings(found: Run, args: argparse.Namespace) -> Output:
@@ -71,15 +70,6 @@ def _readings_table(readings: list[Reading]) -> str:
     ]
     header = ("iteration", "label", "", "rank", "micro batch", "position", "sample", "tokens")
     return format_table(header, rows)
-
-
-def step_json(answer: StepAnswer) -> dict[str, Any]:
-    """An answer as JSON: a loss that is NaN is the text ``NaN``."""
-    values = asdict(answer)
-    for sample in values["samples"]:
-        if sample["loss"] is not None and isnan(sample["loss"]):
-            sample["loss"] = "NaN"
-    return values
 
 
 def _step_text(answer: StepAnswer) -> str:

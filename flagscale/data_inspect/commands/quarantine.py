@@ -13,6 +13,7 @@ from flagscale.data_inspect.commands import (
     add_run_arguments,
     chosen_document,
     format_table,
+    ordinal,
     to_stderr,
 )
 from flagscale.data_inspect.commands.rank import AROUND, rank_losses
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="documents, or parts",
     )
     what.add_argument(
-        "--iteration", type=int, help="the documents of this step whose score is --min-score"
+        "--iteration", type=ordinal, help="the documents of this step whose score is --min-score"
     )
     what.add_argument(
         "--top", type=int, default=0, metavar="N", help="the N hardest documents of the whole run"
@@ -226,7 +227,8 @@ def _text(
         for e in quarantine.entries
     ]  # fmt: skip
     where = "not written: give --output" if output is None else str(output)
-    lines = [f"{len(quarantine.entries)} entries ({where})"]
+    count = len(quarantine.entries)
+    lines = [f"{count} {'entry' if count == 1 else 'entries'} ({where})"]
     if rows:
         lines.append(format_table(("document", "dataset", "tokens", "found at", "reason"), rows))
     if output is not None:

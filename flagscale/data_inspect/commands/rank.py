@@ -6,7 +6,13 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from flagscale.data_inspect.commands import Output, add_run_arguments, format_table, to_stderr
+from flagscale.data_inspect.commands import (
+    Output,
+    add_run_arguments,
+    format_table,
+    ordinal,
+    to_stderr,
+)
 from flagscale.data_inspect.losses import Losses, open_losses
 from flagscale.data_inspect.rank import RankedDocument, Ranking, rank
 from flagscale.data_inspect.run import open_run
@@ -26,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_range_arguments(parser: argparse.ArgumentParser) -> None:
     """``--first-iteration``, ``--last-iteration`` and ``--no-blocks``."""
-    parser.add_argument("--first-iteration", type=int, metavar="N", help="default: the first")
-    parser.add_argument("--last-iteration", type=int, metavar="N", help="default: the last")
+    parser.add_argument("--first-iteration", type=ordinal, metavar="N", help="default: the first")
+    parser.add_argument("--last-iteration", type=ordinal, metavar="N", help="default: the last")
     parser.add_argument(
         "--no-blocks", action="store_true", help="go by whole samples, also where there are blocks"
     )

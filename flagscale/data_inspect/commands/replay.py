@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from flagscale.data_inspect.answers import Label, StepAnswer
-from flagscale.data_inspect.commands import Output, add_run_arguments, format_table, to_stderr
+from flagscale.data_inspect.commands import (
+    Output,
+    add_run_arguments,
+    format_table,
+    ordinal,
+    to_stderr,
+)
 from flagscale.data_inspect.locate import locate
 from flagscale.data_inspect.replay import (
     Replay,
@@ -31,7 +37,7 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """``RUN_DIR``, the step, and from where."""
     add_run_arguments(parser)
-    parser.add_argument("--iteration", type=int, required=True, help="1-based, as logged")
+    parser.add_argument("--iteration", type=ordinal, required=True, help="1-based, as logged")
     parser.add_argument(
         "--checkpoint",
         type=int,
@@ -41,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--calm-iteration",
-        type=int,
+        type=ordinal,
         metavar="N",
         help="an ordinary step to compare with (default: 10 before)",
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from flagscale.data_inspect.answers import DocumentSpan, Label, StepAnswer
-from flagscale.data_inspect.commands import Output, add_run_arguments, to_stderr
+from flagscale.data_inspect.commands import Output, add_run_arguments, ordinal, to_stderr
 from flagscale.data_inspect.commands.rank import rank_losses
 from flagscale.data_inspect.commands.show import (
     add_tokenizer_argument,
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="also a file that is not ours")
     parser.add_argument(
         "--iteration",
-        type=int,
+        type=ordinal,
         nargs="+",
         default=[],
         metavar="N",

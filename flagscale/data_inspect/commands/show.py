@@ -18,6 +18,7 @@ from flagscale.data_inspect.commands import (
     add_document_arguments,
     add_run_arguments,
     chosen_document,
+    ordinal,
     to_stderr,
 )
 from flagscale.data_inspect.decoder import Decoder, open_decoder
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """``RUN_DIR``, a step or a document, and how much of it."""
     add_run_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--iteration", type=int, help="1-based, as logged")
+    what.add_argument("--iteration", type=ordinal, help="1-based, as logged")
     add_document_arguments(what)
     parser.add_argument(
         "--worst", type=int, default=3, metavar="N", help="samples of the largest loss (default: 3)"

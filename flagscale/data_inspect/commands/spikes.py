@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, fields, replace
-from math import isfinite
 from pathlib import Path
-from typing import Any
 
 from flagscale.data_inspect.commands import Output, add_run_arguments, format_table
 from flagscale.data_inspect.curve import Curve
 from flagscale.data_inspect.run import open_run
 from flagscale.data_inspect.spikes import Spike, SpikeSettings, find_spikes
 
-__all__ = ["add_arguments", "add_detector_arguments", "detector_settings", "run", "spike_json"]
+__all__ = ["add_arguments", "add_detector_arguments", "detector_settings", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,14 +86,9 @@ def run(args: argparse.Namespace) -> Output:
         "last_iteration": last,
         "attempts": [asdict(attempt) for attempt in curve.attempts],
         "damaged": [str(place) for place in curve.damaged],
-        "spikes": [spike_json(spike) for spike in spikes],
+        "spikes": [asdict(spike) for spike in spikes],
     }
     return Output("\n".join([head, *damaged, *([_table(spikes)] if spikes else [])]), json)
-
-
-def spike_json(spike: Spike) -> dict[str, Any]:
-    """A finding as JSON, which knows no infinity."""
-    return asdict(spike) | {"score": spike.score if isfinite(spike.score) else None}
 
 
 def _table(spikes: tuple[Spike, ...]) -> str:
