@@ -55,7 +55,8 @@ class DataArguments:
         dataloader_type: ``single`` or ``cyclic``.
         data_sharding: Of ``cyclic``: whether each rank shuffles a part of its own.
         step_batch_size_schedule: As given.
-        rampup_batch_size: Start, increment, samples; obeyed by releases before 0.18.2 only.
+        rampup_batch_size: Start, increment, samples; None also where the release ignores it: since
+            0.18.0, the first that has ``--step-batch-size-schedule``.
         decrease_batch_size_if_needed: Whether a batch is rounded down to whole micro batches.
         iterations_to_skip: 1-based iterations that are read and thrown away.
         phase_transition_iterations: Iterations after which the datasets are built anew.
@@ -96,6 +97,8 @@ class DataArguments:
         _verify_seed(values.get("seed"))
         blend, split = _training_blend(values)
         rampup = values.get("rampup_batch_size")
+        if "step_batch_size_schedule" in values:
+            rampup = None
         surplus = values.get("mid_level_dataset_surplus")
         return cls(
             blend=blend,

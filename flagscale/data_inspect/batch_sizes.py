@@ -1,9 +1,9 @@
 """Batch sizes: from which consumed sample on a step takes how many.
 
-Constant, by ``--step-batch-size-schedule``, or by the linear ramp that releases before 0.18.2
+Constant, by ``--step-batch-size-schedule``, or by the linear ramp that releases before 0.18
 obeyed.
 
-Source: megatron-core 0.19.2, core/num_microbatches_calculator.py; 0.18.1 for the ramp.
+Source: megatron-core 0.19.2, core/num_microbatches_calculator.py; 0.17.1 for the ramp.
 """
 
 from __future__ import annotations
@@ -39,12 +39,11 @@ class BatchSize:
     running: int | None
 
 
-def plan_batch_sizes(args: DataArguments, obeys_rampup: bool) -> tuple[BatchSize, ...]:
+def plan_batch_sizes(args: DataArguments) -> tuple[BatchSize, ...]:
     """All batch sizes of a run, by first sample, from 0 on.
 
     Args:
         args: Of one start.
-        obeys_rampup: Whether the release obeys ``--rampup-batch-size``.
 
     Raises:
         ConfigError: Upstream would refuse them.
@@ -61,8 +60,7 @@ def plan_batch_sizes(args: DataArguments, obeys_rampup: bool) -> tuple[BatchSize
     whole = args.micro_batch_size * args.dp_size
     decrease = args.decrease_batch_size_if_needed
     return tuple(
-        BatchSize(first, size, _running_size(size, whole, decrease))
-        for first, size in _sizes(args, obeys_rampup)
+        BatchSize(first, size, _running_size(size, whole, decrease)) for first, size in _sizes(args)
     )
 
 
@@ -71,11 +69,11 @@ def _running_size(size: int, whole: int, decrease: bool) -> int | None:
     return running if running and (decrease or running == size) else None
 
 
-def _sizes(args: DataArguments, obeys_rampup: bool) -> list[tuple[int, int]]:
+def _sizes(args: DataArguments) -> list[tuple[int, int]]:
     """``(first sample, batch size)``, in order, from 0 on."""
     if args.step_batch_size_schedule is not None:
         return _step_sizes(args, args.step_batch_size_schedule)
-    if args.rampup_batch_size is not None and obeys_rampup:
+    if args.rampup_batch_size is not None:
         return _ramp_sizes(args.rampup_batch_size, args.global_batch_size)
     return [(0, args.global_batch_size)]
 

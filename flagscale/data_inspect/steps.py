@@ -6,7 +6,7 @@ the next; such a run of steps is a *stretch*, and all here is arithmetic on stre
 number of iterations.
 
 Source: megatron-core 0.19.2, core/num_microbatches_calculator.py and training/training.py; the
-linear ramp as releases before 0.18.2 had it.
+linear ramp as releases before 0.18 had it.
 """
 
 from __future__ import annotations
@@ -256,18 +256,16 @@ def _last_at_or_before(ascending: list[int], value: int) -> int:
     return max(0, bisect_right(ascending, value) - 1)
 
 
-def plan_schedule(args: DataArguments, *, obeys_rampup: bool = True) -> Schedule:
+def plan_schedule(args: DataArguments) -> Schedule:
     """The schedule that upstream follows.
 
     Args:
         args: Of one start.
-        obeys_rampup: Whether the release obeys ``--rampup-batch-size``. From 0.18.2 on upstream
-            accepts the argument and ignores it; our own jobs refuse it.
 
     Raises:
         ConfigError: Upstream would refuse the batch sizes.
     """
-    batch_sizes = plan_batch_sizes(args, obeys_rampup)
+    batch_sizes = plan_batch_sizes(args)
     return Schedule(
         batch_sizes,
         args.micro_batch_size,
@@ -356,7 +354,7 @@ def _phase_samples(args: DataArguments, start: Start) -> int:
     )
 
 
-def last_iteration(args: DataArguments, *, obeys_rampup: bool = True) -> int:
+def last_iteration(args: DataArguments) -> int:
     """The last iteration of training, over all its starts.
 
     Counted by whole batches: what is left of ``--train-samples`` behind the last is never read.
@@ -368,7 +366,7 @@ def last_iteration(args: DataArguments, *, obeys_rampup: bool = True) -> int:
         return args.train_iters
     samples = _all_train_samples(args)
     # Upstream counts with the sizes asked for, even where it decreases those it runs.
-    sizes = tuple(replace(b, running=b.size) for b in plan_batch_sizes(args, obeys_rampup))
+    sizes = tuple(replace(b, running=b.size) for b in plan_batch_sizes(args))
     schedule = Schedule(sizes, 1, 1)
     if args.step_batch_size_schedule is not None or len(sizes) == 1:
         return schedule.iteration_of(FRESH, samples) - 1

@@ -1,6 +1,6 @@
 """Batch sizes that rise while a model trains: Aquila's ramp, and upstream's step schedule.
 
-All arithmetic is exact. Upstream ignores ``--rampup-batch-size``; what it follows is
+Arithmetic on whole numbers is exact. Upstream ignores ``--rampup-batch-size``; what it follows is
 ``--step-batch-size-schedule "tokens:batch,tokens:batch,..."``.
 """
 
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import pairwise
-from math import gcd
+from math import gcd, isfinite
 
 from flagscale.layout.parallel import Problem
 
@@ -159,7 +158,10 @@ def _fitting_dp_sizes(batch_sizes: Sequence[int], micro_batch_size: int) -> list
 
 
 def _number(text: str) -> int:
-    """``768``, ``250B``, ``1.5M``."""
+    """``768``, ``250B``, ``1.5M``; rounded as upstream does, for which 2.01K is 2009."""
     text = text.strip().upper()
     factor = _SUFFIXES.get(text[-1:], 1)
-    return int(Fraction(text[:-1] if factor > 1 else text) * factor)
+    value = float(text[:-1] if factor > 1 else text) * factor
+    if not isfinite(value):
+        raise ValueError(f"{text!r} is not a number of tokens or samples")
+    return int(value)

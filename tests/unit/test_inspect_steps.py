@@ -45,7 +45,7 @@ ARGS = DataArguments(
 
 
 class Ramp:
-    """The ramp of releases before 0.18.2, from its published rule, in floating point as there."""
+    """The ramp of releases before 0.18, from its published rule, in floating point as there."""
 
     def __init__(self, args: DataArguments) -> None:
         assert args.rampup_batch_size is not None
@@ -180,7 +180,6 @@ def test_ramps_of_older_releases(
     end = (first + rises * increment) * whole
     args = replace(ARGS, **sizes, global_batch_size=end, rampup_batch_size=ramp)
     check(args, start, 200)
-    assert plan_schedule(args, obeys_rampup=False).batch_size(0) == end
     samples = data.draw(st.integers(1, 8000))
     args = replace(args, train_iters=None, train_samples=samples)
     iterations = consumed = 0
@@ -378,3 +377,14 @@ def test_the_last_iteration_of_constant_batches() -> None:
     assert last_iteration(ARGS) == 100
     assert last_iteration(replace(ARGS, train_iters=None, train_samples=1199)) == 99
     assert last_iteration(replace(ARGS, train_iters=None, train_samples=1200)) == 100
+
+
+def test_a_release_that_has_the_schedule_ignores_the_ramp() -> None:
+    """As in the wheels: 0.17.1 has no schedule and obeys, from 0.18.0 on it is the reverse."""
+    printed = {"seed": 1, "seq_length": 8, "global_batch_size": 16, "micro_batch_size": 1}
+    printed |= {"data_parallel_size": 1, "data_path": ["x"], "train_iters": 9, "split": "1,0,0"}
+    printed |= {"rampup_batch_size": ["4", "4", "100"]}
+    older = DataArguments.read(printed)
+    assert plan_schedule(older).batch_size(0) == 4
+    newer = DataArguments.read(printed | {"step_batch_size_schedule": None})
+    assert plan_schedule(newer).batch_size(0) == 16

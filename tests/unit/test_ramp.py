@@ -84,7 +84,7 @@ def test_any_ramp_is_the_published_rule(ramp: Ramp, seq_length: int, data: st.Da
     assert verify_schedule(text, 1, 1, seq_length) == []
 
 
-@pytest.mark.parametrize("text", ["0:768 250B:1536", "0:1,1.5M:2, 2k:3", "4:2,0:1"])
+@pytest.mark.parametrize("text", ["0:768 250B:1536", "0:1,1.5M:2, 2k:3", "4:2,0:1", "0:1,2.01K:2"])
 def test_schedules_are_read_as_upstream_reads_them(text: str) -> None:
     ours = [(entry.first_token, entry.batch_size) for entry in parse_schedule(text)]
     assert ours == upstream_calculator(text, 1, 1).schedule
@@ -107,6 +107,7 @@ def test_ramps_that_cannot_be(numbers: tuple[int, int, int, int]) -> None:
         ("0:64,4096000:96", 1, 64, "entry 2 of 2", "32"),
         ("0:3,4096000:4", 2, 1, "entry 1 of 2", "no DP fits"),
         ("0:32,x:64", 1, 1, "--step-batch-size-schedule", "correct"),
+        ("0:32,inf:64", 1, 1, "--step-batch-size-schedule", "correct"),
         ("32", 1, 1, "--step-batch-size-schedule", "correct"),
         ("", 1, 1, "--step-batch-size-schedule", "correct"),
         ("5000:32", 1, 1, "--step-batch-size-schedule", "correct"),
