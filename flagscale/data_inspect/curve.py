@@ -15,8 +15,8 @@ class Place:
     """Where a point was read.
 
     Args:
-        file: Path of the log or event file.
-        position: In a text, the line, from 1; in an event file, the byte its record starts at.
+        file: Path of the log, or of what else it is.
+        position: In a text, the line, from 1; else the byte its record starts at.
     """
 
     file: str

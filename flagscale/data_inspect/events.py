@@ -3,8 +3,7 @@
 An event file is a row of records, each ``length (8 bytes), its checksum (4), data, checksum (4)``;
 the checksums are masked CRC-32C, the data a protocol buffer. The training loop writes the scalars
 of one step after the other: a tag with the iteration as its step, and most of them again as ``TAG
-vs samples`` with the samples consumed as its step. Every value is of one step: nothing is averaged.
-Whether the optimizer refused a step is not written, but then there is no gradient norm.
+vs samples`` with the samples consumed as its step.
 
 TensorBoard itself stops at the first record that is damaged, and says nothing.
 
@@ -17,21 +16,18 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from flagscale.data_inspect.curve import Attempt, Curve, Place, Point, usual_interval
+from flagscale.data_inspect.curve import Curve, Place
+from flagscale.data_inspect.scalars import LARGEST_COUNT, LOSSES, TAGS, ScalarRun, curve_of
 from flagscale.errors import DataError
 
 __all__ = ["event_files", "read_events"]
 
-_LOSSES = ("lm loss", "loss")
-_TAGS = (*_LOSSES, "grad-norm", "learning-rate", "batch-size", "loss-scale")
 _VS_SAMPLES = " vs samples"
 _LENGTH = struct.Struct("<QI")
 _CHECKSUM = struct.Struct("<I")
-_LARGEST_COUNT = 2**62
 
 
 def event_files(folder: Path) -> list[Path]:
@@ -54,42 +50,22 @@ def read_events(*paths: Path) -> Curve:
     """
     files = [file for path in paths for file in (event_files(path) if path.is_dir() else [path])]
     read = [_read(file) for file in dict.fromkeys(files)]
-    runs = [run for run in read if run.steps]
-    if not runs:
+    curve = curve_of(read)
+    if curve is None:
         raise DataError(
             "no training step is in these event files",
             where=", ".join(map(str, paths)),
-            expected=f"scalars named {' or '.join(_LOSSES)}, as --tensorboard-dir writes them",
+            expected=f"scalars named {' or '.join(LOSSES)}, as --tensorboard-dir writes them",
             got=f"{len(files)} event file(s) without one",
             cure="give the folder of --tensorboard-dir, or a log",
         )
-    runs.sort(key=lambda run: run.began)
-    points: list[Point] = []
-    attempts = []
-    for ordinal, run in enumerate(runs):
-        mine = _points(run, ordinal)
-        points += mine
-        attempts.append(_attempt(run, mine, ordinal))
-    damaged = tuple(run.cut for run in read if run.cut is not None)
-    return Curve(tuple(points), tuple(attempts), damaged)
+    return curve
 
 
-@dataclass
-class _Run:
-    """What one file holds: the values of each iteration by tag, and where its first stands."""
-
-    file: Path
-    began: float = math.inf
-    steps: dict[int, dict[str, float]] = field(default_factory=dict)
-    places: dict[int, int] = field(default_factory=dict)
-    consumed: dict[int, int] = field(default_factory=dict)
-    cut: Place | None = None
-
-
-def _read(file: Path) -> _Run:
+def _read(file: Path) -> ScalarRun:
     from tensorboard.compat.proto.event_pb2 import Event
 
-    run = _Run(file)
+    run = ScalarRun(file)
     iteration: int | None = None
     for offset, data in _records(run):
         try:
@@ -99,15 +75,14 @@ def _read(file: Path) -> _Run:
         if not event.HasField("summary"):
             continue
         for value in event.summary.value:
-            if value.tag in _TAGS and 0 < event.step < _LARGEST_COUNT:
+            if value.tag in TAGS and 0 < event.step < LARGEST_COUNT:
                 iteration = event.step
                 run.began = min(run.began, event.wall_time)
                 run.places.setdefault(iteration, offset)
                 run.steps.setdefault(iteration, {})[value.tag] = _scalar(value)
-            elif iteration is not None and value.tag.removesuffix(_VS_SAMPLES) in _TAGS:
+            elif iteration is not None and value.tag.removesuffix(_VS_SAMPLES) in TAGS:
                 run.consumed[iteration] = event.step
-    losses = any(tag in values for values in run.steps.values() for tag in _LOSSES)
-    return run if losses else replace(run, steps={})
+    return run
 
 
 def _scalar(value: Any) -> float:
@@ -121,7 +96,7 @@ def _scalar(value: Any) -> float:
     return float(value.simple_value)
 
 
-def _records(run: _Run) -> Iterator[tuple[int, bytes]]:
+def _records(run: ScalarRun) -> Iterator[tuple[int, bytes]]:
     """Offset and data of each record, up to where the file was cut off."""
     try:
         size = run.file.stat().st_size
@@ -136,7 +111,7 @@ def _records(run: _Run) -> Iterator[tuple[int, bytes]]:
         ) from error
 
 
-def _sound_records(stream: BinaryIO, size: int, run: _Run) -> Iterator[tuple[int, bytes]]:
+def _sound_records(stream: BinaryIO, size: int, run: ScalarRun) -> Iterator[tuple[int, bytes]]:
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
     offset = 0
@@ -182,49 +157,3 @@ def _damaged(file: Path, offset: int, got: str) -> DataError:
         got=got,
         cure="restore the file, leave it out, or give the log of that start",
     )
-
-
-def _points(run: _Run, ordinal: int) -> list[Point]:
-    has_norms = any("grad-norm" in values for values in run.steps.values())
-    tag = next(tag for tag in _LOSSES if any(tag in values for values in run.steps.values()))
-    points = []
-    for iteration, values in sorted(run.steps.items()):
-        if tag not in values:  # cut off between two scalars of a step
-            continue
-        loss = values[tag]
-        points.append(
-            Point(
-                iteration=iteration,
-                loss=loss if math.isfinite(loss) and loss != 0.0 else None,
-                nan=not math.isfinite(loss),
-                skipped=int(has_norms and "grad-norm" not in values),
-                consumed_after=run.consumed.get(iteration),
-                batch_size=_count(values.get("batch-size")),
-                grad_norm=_finite(values.get("grad-norm")),
-                learning_rate=_finite(values.get("learning-rate")),
-                loss_scale=_finite(values.get("loss-scale")),
-                attempt=ordinal,
-                source=Place(str(run.file), run.places[iteration]),
-            )
-        )
-    return points
-
-
-def _attempt(run: _Run, points: list[Point], ordinal: int) -> Attempt:
-    return Attempt(
-        ordinal=ordinal,
-        first_iteration=points[0].iteration,
-        last_iteration=points[-1].iteration,
-        interval=usual_interval([point.iteration for point in points]),
-        started=f"{run.began:.6f}",
-        source=points[0].source,
-    )
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _count(value: float | None) -> int | None:
-    finite = _finite(value)
-    return int(finite) if finite is not None and 0 < finite < _LARGEST_COUNT else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from harness import train
+from harness.browser import open_page, start_browser
 from harness.corpus import model_argv, write_corpus
 
 from flagscale.data_inspect.arguments import Blend, DataArguments
@@ -112,6 +114,22 @@ def test_from_the_curve_to_the_documents_and_past_them(
     curve, _ = open_run(run).curve()
     assert [point.iteration for point in curve.points[-1:]] == [LAST]
     assert find_spikes(curve) == ()
+
+
+def test_its_report_in_a_browser(burst: tuple[Path, Path, set[int]], tmp_path: Path) -> None:
+    run, _, planted = burst
+    ask("report", run, "--output", tmp_path / "report.html", "--iteration", BURST - 3)
+    with start_browser() as browser, open_page(browser, tmp_path / "report.html") as opened:
+        page = opened.page
+        assert page.inner_text(".verdict h2") == f"1 spike, at iteration {BURST}"
+        box = page.locator(".curves path.point").last.bounding_box()
+        page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        page.wait_for_selector(f"#step h2:text('Iteration {BURST}')")
+        assert page.inner_text("#step .label") == "EXACT"
+        texts = page.locator(".document").all_inner_texts()
+        shown = [int(re.findall(r"document (\d+)", text)[0]) for text in texts]
+        assert set(shown[: len(planted)]) <= planted
+        assert (opened.errors, opened.requests) == ([], [])
 
 
 def test_a_replay_tells_bad_data(burst: tuple[Path, Path, set[int]], tmp_path: Path) -> None:

@@ -310,7 +310,7 @@ def test_the_verdict_counts_the_spikes_and_says_how_far_to_trust() -> None:
 def test_the_verdict_of_one_spike() -> None:
     report = dataclasses.replace(make_report(), spikes=(make_spike(612, 3.68),))
     assert verdict(report) == (
-        "1 spike, the first at iteration 612",
+        "1 spike, at iteration 612",
         "The loss was 3.680 where 1.980 was expected. Its samples are known: EXACT.",
     )
 
@@ -326,8 +326,10 @@ def test_a_step_that_is_unknown_is_never_called_known() -> None:
 
 
 def test_the_verdict_without_a_spike() -> None:
-    report = dataclasses.replace(make_report(), spikes=())
-    assert verdict(report) == ("No spike", "Nothing stands out in iterations 1–900.")
+    asked = dataclasses.replace(make_spike(612, 3.68), kind="asked for", found=False)
+    for spikes in ((), (asked,)):
+        report = dataclasses.replace(make_report(), spikes=spikes)
+        assert verdict(report) == ("No spike", "Nothing stands out in iterations 1–900.")
 
 
 # --- limits ---------------------------------------------------------------------------------------

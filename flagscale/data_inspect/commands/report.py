@@ -188,6 +188,7 @@ def _asked_step(
         baseline=None,
         score=None,
         kind="asked for",
+        found=False,
         step=answer,
         reason=reason,
         texts=_texts(found, answer, decoder, args.worst),

@@ -25,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="read these logs, or folders of logs, and neither ledger nor event files",
     )
     parser.add_argument(
-        "--events", type=Path, metavar="DIR", help="read TensorBoard's event files in this folder"
+        "--events", type=Path, metavar="DIR", help="read TensorBoard's event files there"
+    )
+    parser.add_argument(
+        "--wandb", type=Path, metavar="DIR", help="read Weights & Biases' offline files below it"
     )
     add_detector_arguments(parser)
 
@@ -62,6 +65,10 @@ def read_curve(args: argparse.Namespace) -> tuple[Curve, str]:
         from flagscale.data_inspect.logs import read_log
 
         return read_log(*args.log), f"the logs {', '.join(map(str, args.log))}"
+    if args.wandb:
+        from flagscale.data_inspect.wandb_files import read_wandb
+
+        return read_wandb(args.wandb), f"the Weights & Biases files in {args.wandb}"
     run_files = open_run(args.run_dir, args.arguments)
     if args.events:
         run_files = replace(run_files, ledger_directory=None, events=args.events)

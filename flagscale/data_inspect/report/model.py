@@ -156,6 +156,7 @@ class SpikeStep:
         texts: By ordinal of the dataset and span, as ``step`` has them. Spans without a text are
             shown with their provenance alone.
         commands: To reproduce it and to quarantine its documents.
+        found: Whether it stood out; ``False`` for a step that was asked for.
     """
 
     first_iteration: int
@@ -169,6 +170,7 @@ class SpikeStep:
     reason: str = ""
     texts: Mapping[tuple[int, DocumentSpan], DocumentText] = field(default_factory=dict)
     commands: tuple[Command, ...] = ()
+    found: bool = True
 
     @property
     def iteration(self) -> int:

@@ -408,6 +408,6 @@
     cutsCard());
   drawCurves();
   if (data.curves) curves.on("plotly_click", clickCurve);
-  if (data.spikes.length) selectSpike(Math.max(0, data.spikes.findIndex((spike) => spike.step)), false);
+  if (data.spikes.length) selectSpike(Math.max(0, data.spikes.findIndex((spike) => spike.found && spike.step)), false);
   document.body.dataset.ready = "yes";
 })();

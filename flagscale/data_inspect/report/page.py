@@ -36,16 +36,15 @@ def verdict(report: Report) -> tuple[str, str]:
     if not len(iterations):
         return "No step was read", "Neither a log nor TensorBoard nor a ledger gave a curve."
     covered = f"iterations {iterations.min()}–{iterations.max()}"
-    if not report.spikes:
+    spikes = [spike for spike in report.spikes if spike.found]
+    if not spikes:
         return "No spike", f"Nothing stands out in {covered}."
-    first = report.spikes[0]
-    count = len(report.spikes)
-    headline = f"{count} spike{'s' if count > 1 else ''}, the first at iteration {first.iteration}"
+    first, count = spikes[0], len(spikes)
+    headline = f"{count} spikes, the first" if count > 1 else "1 spike,"
+    headline += f" at iteration {first.iteration}"
     sentences = [_size(first), _knowledge(first)]
     if count > 1:
-        labels = Counter(
-            str(spike.step.label if spike.step else Label.UNKNOWN) for spike in report.spikes
-        )
+        labels = Counter(str(spike.step.label if spike.step else Label.UNKNOWN) for spike in spikes)
         known = ", ".join(f"{labels[label]} {label}" for label in Label if labels[label])
         sentences.append(f"Samples of all {count}: {known}.")
     return headline, " ".join(sentences)
@@ -106,7 +105,8 @@ def _policy(scripts: Sequence[str]) -> str:
 
 def _head(report: Report, title: str) -> str:
     headline, sentence = verdict(report)
-    mood = "bad" if report.spikes else "good" if len(report.curve.iteration) else "note"
+    stands_out = any(spike.found for spike in report.spikes)
+    mood = "bad" if stands_out else "good" if len(report.curve.iteration) else "note"
     facts = [
         ("Run", report.generated_for),
         ("Read", " · ".join(report.sources) or "nothing"),
@@ -209,6 +209,7 @@ def _spike(spike: SpikeStep, limits: Limits, in_full: bool) -> dict[str, Any]:
         "baseline": _number(spike.baseline),
         "score": _number(spike.score),
         "kind": spike.kind,
+        "found": spike.found,
         "evidence": list(spike.evidence),
         "reason": reason,
         "step": None if step is None else _step(step, spike, limits),
