@@ -268,8 +268,9 @@ class RankFile:
             if length < _ROW.size or end > size:
                 break
             (iteration,) = struct.unpack_from("<I", view, offset + _FRAME.size)
-            if iterations and iteration <= iterations[-1]:
-                raise self._damaged(f"iteration {iteration} follows {iterations[-1]}", offset)
+            before = iterations[-1] if iterations else self.segment["iteration"]
+            if iteration <= before:
+                raise self._damaged(f"iteration {iteration} follows {before}", offset)
             iterations.append(iteration)
             offsets.append(offset)
             offset = end
@@ -555,6 +556,16 @@ def _open_attempt(directory: Path) -> Attempt | None:
                 cure="put it back where it came from",
             )
         files[file.segment["dp_rank"]] = file
+        first = next(iter(files.values())).segment
+        for name in ("dp_size", "iteration", "consumed_samples", "args"):
+            if file.segment[name] != first[name]:
+                raise DataError(
+                    "the files of one start disagree",
+                    where=f"{path}, {name}",
+                    expected=str(first[name]),
+                    got=str(file.segment[name]),
+                    cure="restore the file, or move it away to do without it",
+                )
     if not files:
         return None
     return Attempt(directory.name, files, files[min(files)].segment)

@@ -257,6 +257,20 @@ def test_a_file_of_another_attempt_is_named(tmp_path: Path) -> None:
         Ledger(tmp_path)
 
 
+def test_files_of_one_start_that_disagree_are_named(tmp_path: Path) -> None:
+    write_attempt(tmp_path, "a", 0, range(1, 5), dp_size=2)
+    other = encode_segment(segment("a", dp_rank=2, dp_size=4)) + encode_row(plain_row(1))
+    (tmp_path / "a" / file_name(2)).write_bytes(other)
+    with pytest.raises(DataError, match="disagree"):
+        Ledger(tmp_path)
+
+
+def test_a_row_from_before_the_start_is_damage(tmp_path: Path) -> None:
+    write_attempt(tmp_path, "a", 10, range(10, 15))
+    with pytest.raises(DataError, match="iteration 10 follows 10"):
+        Ledger(tmp_path).step(12)
+
+
 def test_no_ledger_is_our_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no ledger"):
         Ledger(tmp_path / "missing")
