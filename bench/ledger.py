@@ -38,7 +38,9 @@ from flagscale.plugins import load_plugins
 
 WARM_UP_STEPS = 3
 GLOBAL_BATCH = 1024
+# Short samples of a small model: what the ledger costs is by sample, and shows most here.
 _SHAPE = {"--num-layers": "2", "--hidden-size": "64", "--ffn-hidden-size": "176"}
+_SHAPE |= {"--seq-length": "32", "--max-position-embeddings": "32"}
 _BATCH = {"--micro-batch-size": "16", "--global-batch-size": str(GLOBAL_BATCH)}
 
 
