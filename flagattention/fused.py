@@ -1,0 +1,190 @@
+"""NLPE from unrotated queries and keys as one operator, which keeps one rotated tensor only.
+
+Pair 1 is q and k rotated at their positions, pair 2 is q at the window and k as it is. Kept for
+the backward pass are q, k, v, the output and the rotated k: queries are rotated again.
+
+A backend may offer both passes itself, with the rotation inside its kernels::
+
+    nlpe_forward(q, k, v, rotary, log_length, problem) -> (out, lse, k1)
+    nlpe_backward(dout, dlse, q, k, k1, v, out, lse, rotary, log_length, problem) -> (dq, dk, dv)
+
+with the shapes and the meaning of ``problem`` as for ``forward`` and ``backward`` there, and the
+threshold a number; k1 is contiguous. For one that does not, they are put together here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flagattention.operators import backend_module, laid_out, problem_of
+from flagattention.positions import consecutive, log_scale
+from flagattention.rotary import Rotary, angles, turn
+
+if TYPE_CHECKING:
+    from flagattention.problem import Problem
+
+__all__ = ["nlpe_backward_op", "nlpe_op"]
+
+
+@torch.library.custom_op("flagattention::nlpe", mutates_args=())
+def nlpe_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inv_freq: Tensor,
+    interleaved: bool,
+    attention_scaling: float,
+    log_length: int | None,
+    threshold: int,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    q_offset: int | None,
+    k_offset: int,
+    n_sink: int,
+    causal: bool,
+    sm_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Out, lse and the rotated keys of a checked call."""
+    problem = problem_of(
+        (q, k), threshold, None, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        q_offset, k_offset, n_sink, causal, sm_scale,
+    )  # fmt: skip
+    rotary = Rotary(inv_freq, interleaved, attention_scaling)
+    module = backend_module(backend)
+    if hasattr(module, "nlpe_forward"):
+        out, lse, k1 = module.nlpe_forward(q, k, v, rotary, log_length, problem)
+    else:
+        q1, k1, q2, k2 = _Turns(q, k, rotary, log_length, problem).pairs(q, k)
+        out, lse = module.forward(q1, k1, q2, k2, v, problem)
+    return laid_out(out, q), lse.contiguous(), k1
+
+
+@nlpe_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else tuple(q.shape[:3])
+    lse = q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
+    return torch.empty_like(q), lse, k.new_empty(k.shape)
+
+
+@torch.library.custom_op("flagattention::nlpe_backward", mutates_args=())
+def nlpe_backward_op(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    k1: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    inv_freq: Tensor,
+    interleaved: bool,
+    attention_scaling: float,
+    log_length: int | None,
+    threshold: int,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    q_offset: int | None,
+    k_offset: int,
+    n_sink: int,
+    causal: bool,
+    sm_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v."""
+    problem = problem_of(
+        (q, k), threshold, None, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        q_offset, k_offset, n_sink, causal, sm_scale,
+    )  # fmt: skip
+    rotary = Rotary(inv_freq, interleaved, attention_scaling)
+    module = backend_module(backend)
+    if hasattr(module, "nlpe_backward"):
+        grads = module.nlpe_backward(dout, dlse, q, k, k1, v, out, lse, rotary, log_length, problem)
+    else:
+        turns = _Turns(q, k, rotary, log_length, problem)
+        q1, _, q2, k2 = turns.pairs(q, k, k1)
+        *pair_grads, dv = module.backward(dout, dlse, q1, k1, q2, k2, v, out, lse, problem)
+        grads = (*turns.gradients(*pair_grads), dv)
+    dq, dk, dv = (laid_out(grad, x) for grad, x in zip(grads, (q, k, v), strict=True))
+    return dq, dk, dv
+
+
+@nlpe_backward_op.register_fake
+def _(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, k1: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+class _Turns:
+    """The rotations of one call, forward and back."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, rotary: Rotary, log_length: int | None, problem: Problem
+    ) -> None:
+        window = int(problem.threshold)
+        cu_seqlens = (problem.cu_seqlens_q, problem.cu_seqlens_k)
+        rows, cols = consecutive((q, k), cu_seqlens, problem.q_offset, problem.k_offset)
+        self.rotary = rotary
+        self.row_scale = log_scale(rows, log_length)
+        self.near_q, self.near_k, self.far_q, self.far_k = (
+            angles(positions, rotary, q.dtype)
+            for positions in (rows, cols, rows.new_full((1,), window), cols.new_zeros(1))
+        )
+
+    def pairs(
+        self, q: Tensor, k: Tensor, k1: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q1, k1, q2 and k2."""
+        return (
+            self._turned(q, self.near_q, self.row_scale),
+            self._turned(k, self.near_k) if k1 is None else k1,
+            self._turned(q, self.far_q, self.row_scale),
+            k if self.rotary.attention_scaling == 1.0 else self._turned(k, self.far_k),
+        )
+
+    def gradients(
+        self, dq1: Tensor, dk1: Tensor, dq2: Tensor, dk2: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of q and k, from those of the pairs: turned back and added."""
+        dtype = dq1.dtype
+        # In float32, so that the sums are rounded once.
+        dq1, dk1, dq2, dk2 = (
+            x.to(torch.promote_types(dtype, torch.float32)) for x in (dq1, dk1, dq2, dk2)
+        )
+        dq1 = self._turned(dq1, -self.near_q, self.row_scale)
+        dk1 = self._turned(dk1, -self.near_k)
+        dq2 = self._turned(dq2, -self.far_q, self.row_scale)
+        dk2 = self._turned(dk2, -self.far_k)
+        return (dq1 + dq2).to(dtype), (dk1 + dk2).to(dtype)
+
+    def _turned(self, x: Tensor, angle: Tensor, row_scale: Tensor | None = None) -> Tensor:
+        return turn(x, angle, self.rotary, self.rotary.attention_scaling, row_scale)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    out, lse, k1 = output
+    q, k, v, inv_freq = inputs[:4]
+    ctx.save_for_backward(q, k, k1, v, out, lse, inv_freq, *inputs[8:10])
+    ctx.rotation, ctx.settings = inputs[4:8], inputs[10:]
+
+
+def _differentiate(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, dk1: Tensor | None
+) -> tuple[Any, ...]:
+    *saved, inv_freq, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(saved[4])
+    rest = (inv_freq, *ctx.rotation, cu_seqlens_q, cu_seqlens_k, *ctx.settings)
+    return (*nlpe_backward_op(dout, dlse, *saved, *rest), *[None] * len(rest))
+
+
+nlpe_op.register_autograd(_differentiate, setup_context=_remember)
