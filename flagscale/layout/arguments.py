@@ -187,6 +187,7 @@ def training_mode(values: Mapping[str, Any]) -> TrainingMode:
     # Upstream accumulates bf16 gradients in fp32 whether asked to or not.
     fp32_gradients = values["bf16"] or values["accumulate_allreduce_grads_in_fp32"] or not half
     fused = values["transformer_impl"] == "transformer_engine"
+    fused_attention = fused and "unfused" not in str(values["attention_backend"])
     recompute = values["recompute_granularity"]
     if values.get("recompute_activations"):
         recompute = "selective"
@@ -195,7 +196,7 @@ def training_mode(values: Mapping[str, Any]) -> TrainingMode:
         grad_bytes=4 if fp32_gradients and not values["grad_reduce_in_bf16"] else 2,
         distributed_optimizer=values["use_distributed_optimizer"],
         fused_norms=fused,
-        flash_attention=fused and "unfused" not in str(values["attention_backend"]),
+        flash_attention=fused_attention or values.get("nlpe_method") is not None,
         softmax_in_fp32=values["attention_softmax_in_fp32"],
         fused_loss=values["cross_entropy_loss_fusion"],
         recompute=recompute,

@@ -13,6 +13,7 @@ from flagscale.train import (
     aquila,
     buffer_map,
     ledger,
+    piecewise,
     quarantine,
     replay,
     restart,
@@ -25,6 +26,7 @@ __all__ = [
     "BUFFER_MAP",
     "LEDGER",
     "PATCHES",
+    "PIECEWISE",
     "PLATFORMS",
     "QUARANTINE",
     "REPLAY",
@@ -48,6 +50,12 @@ LEDGER = Plugin(
 )
 PLATFORMS = Plugin(name="platforms", platforms=(CUDA, CPU))
 PATCHES = Plugin(name="patches", patch_groups=builtin_groups())
+PIECEWISE = Plugin(
+    name="piecewise",
+    add_arguments=piecewise.add_arguments,
+    verify_arguments=piecewise.verify_arguments,
+    pre_wrap_hooks=piecewise.pre_wrap_hooks,
+)
 QUARANTINE = Plugin(
     name="quarantine",
     add_arguments=quarantine.add_arguments,

@@ -45,6 +45,7 @@ def gpt_dataset_config(
         fast_cache_load=args.dataloader_fast_cache_load,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
         context_parallel_size=args.context_parallel_size,
+        inter_document_masking=args.dataloader_inter_document_masking,
         quarantined=quarantined or {},
     )
 
@@ -62,8 +63,9 @@ def provide_datasets(
     """
 
     def reads_data() -> bool:
-        first_tp_rank = mpu.get_tensor_model_parallel_rank() == 0
-        return first_tp_rank and bool(is_first_or_last_pipeline_stage(vp_stage))
+        # Where documents begin, every stage must know.
+        reads = is_first_or_last_pipeline_stage(vp_stage) or args.dataloader_inter_document_masking
+        return mpu.get_tensor_model_parallel_rank() == 0 and bool(reads)
 
     args = get_args()
     verify_ranks_agree(args)

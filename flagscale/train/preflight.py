@@ -83,7 +83,6 @@ _UNSUPPORTED = {
     "mock_data": "--mock-data",
     "sft": "--sft",
     "fim_data": "--fim-data",
-    "dataloader_inter_document_masking": "--dataloader-inter-document-masking",
     "hybrid_context_parallel": "--hybrid-context-parallel",
     "perform_rl_step": "--perform-rl-step",
     "vision_pretraining": "--vision-pretraining",

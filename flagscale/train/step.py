@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
@@ -23,6 +25,7 @@ from flagscale.hooks import HOOKS, BatchDrawn, ForwardLoss
 __all__ = ["forward_step", "get_batch", "masked_loss"]
 
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+_PACKED_KEYS = ("cu_seqlens", "max_seqlen")
 
 # The factor over the largest loss seen that upstream's rerun engine is asked to call a spike.
 _SPIKY_LOSS_FACTOR = 10.0
@@ -38,16 +41,20 @@ def get_batch(
 
     Returns:
         ``tokens``, ``labels``, ``position_ids`` [b, s] int64, ``loss_mask`` [b, s] float32,
-        ``attention_mask`` [b, 1, s, s] bool and ``quarantined`` [b, s] bool; ``None`` for what this
-        pipeline stage does not need, and ``quarantined`` without a quarantine list.
+        ``attention_mask`` [b, 1, s, s] bool, ``quarantined`` [b, s] bool, ``cu_seqlens`` [b, s + 1]
+        and ``max_seqlen`` [b] int32; ``None`` for what this pipeline stage does not need,
+        ``quarantined`` without a quarantine list, and the last two where documents are not packed
+        (``--dataloader-inter-document-masking``).
     """
     args = get_args()
+    packed = args.dataloader_inter_document_masking
     layout = args.pipeline_model_parallel_layout
     has_mtp = args.mtp_num_layers is not None and mtp_on_this_rank(
         layout=layout, mtp_num_layers=args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage
     )
-    if not (is_first_or_last_pipeline_stage(vp_stage) or has_mtp):
-        return dict.fromkeys((*_KEYS, "quarantined"))
+    has_tokens = is_first_or_last_pipeline_stage(vp_stage) or has_mtp
+    if not (has_tokens or packed):
+        return dict.fromkeys((*_KEYS, *_PACKED_KEYS, "quarantined"))
 
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
@@ -55,12 +62,16 @@ def get_batch(
         if data_iterator is None:
             raise RuntimeError("this pipeline stage reads data but was given no data iterator")
         drawn = next(data_iterator)
-        for listener in HOOKS.on_batch:
-            listener(BatchDrawn(drawn))
-        batch = {key: drawn[key].cuda(non_blocking=True) if key in drawn else None for key in _KEYS}
+        if has_tokens:
+            for listener in HOOKS.on_batch:
+                listener(BatchDrawn(drawn))
+        batch = {
+            key: drawn[key].cuda(non_blocking=True) if key in drawn else None
+            for key in (*_KEYS, *_PACKED_KEYS)
+        }
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        has_cu_seqlens=packed,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -75,10 +86,13 @@ def get_batch(
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
     batch = get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+        batch,
+        is_hybrid_cp=False,
+        cp_group=mpu.get_context_parallel_group(),
+        use_per_sequence_balancing=packed,
     )
     coded = None if args.quarantine is None else batch["loss_mask"]
-    return {key: batch[key] for key in _KEYS} | _decode_mask(coded)
+    return {key: batch[key] for key in (*_KEYS, *_PACKED_KEYS)} | _decode_mask(coded)
 
 
 def _decode_mask(loss_mask: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
@@ -97,7 +111,7 @@ def masked_loss(
         loss_mask: [b, s] float32, 1 where a token counts.
         quarantined: [b, s] bool, true where one would count if it were not quarantined; ``None``
             where no quarantine list is in force.
-        token_losses: [b, s] cross entropies.
+        token_losses: [b, s] cross entropies; [1, b * s] where documents are packed.
 
     Returns:
         The summed loss; the number of tokens (int32) by which upstream divides, the quarantined
@@ -106,6 +120,7 @@ def masked_loss(
         ranks.
     """
     args = get_args()
+    token_losses = token_losses.view(loss_mask.shape)
     mask = loss_mask.view(-1).float()
     losses = token_losses.view(-1).float()
     if quarantined is not None:
@@ -152,11 +167,27 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tens
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
+    fed = flatten_batch_for_packed_sequences(dict(batch))
     output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        batch["attention_mask"],
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
+        fed["tokens"],
+        fed["position_ids"],
+        fed["attention_mask"],
+        labels=fed["labels"],
+        loss_mask=fed["loss_mask"],
+        packed_seq_params=_packed_seq_params(fed),
     )
     return output, partial(masked_loss, batch["loss_mask"], batch["quarantined"])
+
+
+def _packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams | None:
+    """Where the documents of a flattened batch begin, as upstream's layers take it."""
+    if batch["cu_seqlens"] is None:
+        return None
+    cu_seqlens, longest = batch["cu_seqlens"][0], int(batch["max_seqlen"])
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )

@@ -14,7 +14,10 @@ from typing import Any
 
 from harness import watch
 
-__all__ = ["run_rank"]
+__all__ = ["BLOCKED", "run_rank"]
+
+BLOCKED = "HARNESS_BLOCKED_MODULE"
+"""Environment variable of a rank: a module that it cannot import."""
 
 
 def run_rank(
@@ -38,6 +41,8 @@ def run_rank(
     sys.modules["__main__"] = types.ModuleType("__main__")
     sys.argv = ["flagscale.train", *argv]
 
+    if BLOCKED in os.environ:
+        sys.modules[os.environ[BLOCKED]] = None  # type: ignore[assignment]
     if not getattr(sys.modules.get("harness.preload"), "LOADED", False):
         raise RuntimeError("the fork server could not import harness.preload")
     from flagscale.hooks import HOOKS, StepEvent
