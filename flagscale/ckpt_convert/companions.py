@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from flagscale.ckpt_convert.nlpe import register
 from flagscale.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -164,6 +165,7 @@ def config_files(
     unknown: dict[str, int | None] = {} if known else dict.fromkeys(_IDS)
     # Where both say the same, as it was written: 10000 and 10000.0 are equal, and not alike.
     decided = {key: value for key, value in fields.items() if known.get(key, ...) != value}
+    register(known | decided)
     with _refusals(model_type):
         config = AutoConfig.for_model(model_type, **unknown | known | dict(ids) | decided)
         if generation is None:
@@ -187,6 +189,7 @@ def completed_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
+    register(config)
     with _refusals(str(config.get("model_type"))):
         told = AutoConfig.for_model(**config)
         return dict(told.to_dict())

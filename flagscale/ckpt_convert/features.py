@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from flagscale.ckpt_convert.nlpe import SPEC
+
 __all__ = ["Arguments", "features"]
 
 
@@ -33,6 +35,7 @@ _ON: Final = {
     "expert_bias": "moe_router_enable_expert_bias",
     "expert_groups": "moe_router_num_groups",
     "mla": "multi_latent_attention",
+    "nlpe": "nlpe_method",
     "q_lora": "q_lora_rank",
     "rotary_interleaved": "rotary_interleaved",
     **{
@@ -70,6 +73,8 @@ def features(args: Mapping[str, Any]) -> dict[str, str]:
     given = Arguments(args)
     found = {name: dest for name, dest in _ON.items() if given[dest]}
     found |= {name: dest for name, (dest, usual) in _NOT.items() if given[dest] not in usual}
+    if "nlpe" in found and tuple(given["spec"] or ()) == SPEC:
+        found.pop("spec", None)  # of the layers, it changes nothing else
     if "experts" not in found:
         found = {name: dest for name, dest in found.items() if not dest.startswith("moe_")}
         found.pop("sigmoid_router", None)

@@ -22,6 +22,8 @@ from harness.corpus import VOCAB_SIZE, model_argv
 from harness.families import FAMILIES
 from safetensors.torch import load_file, save_file
 
+from flagattention.hf import rope_parameters
+from flagattention.nlpe import Method
 from flagscale.ckpt_convert.proof import megatron_logits, transformers_logits
 from flagscale.ckpt_convert.proof.forward import Array, Request, run
 from flagscale.ckpt_convert.proof.parity import (
@@ -110,6 +112,20 @@ CASES |= {
         words=FAMILIES["deepseek_v2"],
         arguments={**_TP2_PP2, "sequence_parallel": True, "group_query_attention": None},
         config={**_LATENT, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    ),
+}
+
+
+_EXTEND = {"nlpe_method": "self-extend", "nlpe_window": 12, "nlpe_group": 3}
+CASES |= {
+    "Self-Extend, QKV bias, interleaved": Case(
+        family="Qwen2",
+        arguments={**_EXTEND, "add_qkv_bias": True, "rotary_interleaved": True},
+        config={
+            "rope_parameters": rope_parameters(
+                Method("self-extend", 12, group=3), {"rope_theta": 10000.0}
+            )
+        },
     ),
 }
 

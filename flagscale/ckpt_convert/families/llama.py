@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from flagscale.ckpt_convert.families.family import Config, Family, as_saved
 from flagscale.ckpt_convert.features import Arguments
+from flagscale.ckpt_convert.nlpe import method_arguments, with_method
 from flagscale.ckpt_convert.tensors import Row
 from flagscale.errors import CheckpointError
 from flagscale.layout.arguments import model_dims
@@ -45,7 +46,7 @@ HEAD: Final = (
 )
 BODY: Final = as_saved((*EMBEDDING, *ATTENTION, *MLP, *NORMS, *HEAD))
 
-MAY: Final = frozenset({"tied", "rope_scaling", "position_interpolation"})
+MAY: Final = frozenset({"nlpe", "position_interpolation", "rope_scaling", "tied"})
 """What any family may have."""
 
 _LLAMA3: Final = {
@@ -78,7 +79,7 @@ def llama_config(args: Arguments) -> Config:
         "num_hidden_layers": dims.num_layers,
         "num_key_value_heads": dims.num_query_groups,
         "rms_norm_eps": _given(args, "layernorm_epsilon", _given(args, "norm_epsilon", 1e-5)),
-        "rope_parameters": _rope_parameters(args),
+        "rope_parameters": with_method(_rope_parameters(args), args),
         "tie_word_embeddings": dims.tied_embeddings,
     }
 
@@ -149,6 +150,11 @@ def llama_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope_arguments(rope: Mapping[str, Any]) -> dict[str, Any]:
+    method, rope = method_arguments(rope)
+    return method | _plain_rope_arguments(rope)
+
+
+def _plain_rope_arguments(rope: Mapping[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type", "default")
     refuse_config(rope, partial_rotary_factor=(None, 1.0))
     found = {"rotary_base": whole_base(rope), "use_rope_scaling": kind == "llama3"}

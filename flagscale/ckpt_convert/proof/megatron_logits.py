@@ -159,6 +159,8 @@ def _here(saved: Namespace, plugins: Sequence[Plugin], dtype: Any) -> Namespace:
         if field.default is not dataclasses.MISSING
     }
     other = {name: value for name, value in fresh.items() if _NOT_THE_MODEL.fullmatch(name)}
+    if getattr(saved, "nlpe_method", None) is not None:
+        del other["spec"]  # whose attention is a part of the model
     return Namespace(
         **{
             **fresh,

@@ -1,14 +1,17 @@
 """A program: a forward pass of transformers' own model on the tokens that it is asked about.
 
 Attention is the eager one: its products and its softmax in fp32 are those of Megatron's own local
-attention, and no kernel is chosen by the machine.
+attention, and no kernel is chosen by the machine. A model with a method for far keys has an
+attention of its own.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
+from flagscale.ckpt_convert import companions, nlpe
 from flagscale.ckpt_convert.proof.forward import Array, Request, answer
 from flagscale.errors import CheckpointError
 
@@ -26,10 +29,12 @@ def forward(request: Request, tokens: Array) -> Mapping[str, Array]:
 
     from flagscale.ckpt_convert.proof.trace import trace_transformers
 
+    config = companions.read_json(Path(request.directory) / companions.CONFIG)
+    nlpe.register(config)
     model, loaded = AutoModelForCausalLM.from_pretrained(
         request.directory,
         dtype=getattr(torch, request.dtype),
-        attn_implementation="eager",
+        attn_implementation=None if nlpe.has_method(config) else "eager",
         local_files_only=True,
         output_loading_info=True,
     )
