@@ -47,6 +47,8 @@ options=("$@")
 # Much of a test is waiting for processes to start; more workers than that only get in their way.
 workers=$((cores < 4 ? cores : 4))
 stage fast tests/unit
+# In processes of their own: they run in Triton's interpreter, which is chosen once for a process.
+if ((status == 0)); then TRITON_INTERPRET=1 stage kernels tests/kernels; fi
 slow=()
 for folder in tests/distributed tests/functional; do
   if [[ -d $folder ]]; then slow+=("$folder"); fi
