@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise, product
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from flagattention import AttentionError, DeviceError, DtypeError, ShapeError, piecewise_attention
 from flagattention import fused as fused_module
+from flagattention import nlpe
 from flagattention.fused import nlpe_backward_op, nlpe_op
 from flagattention.nlpe import Method, Rotary, nlpe_attention, pairs, rotate
 from flagattention.positions import consecutive
@@ -508,3 +511,21 @@ def test_tensors_are_checked_before_anything_is_rotated() -> None:
         nlpe_attention(None, k, v, **run)  # type: ignore[arg-type]
     with pytest.raises(DtypeError, match="differ in dtype"):
         nlpe_attention(q.float(), k, v, **run)
+
+
+def test_a_method_of_ones_own_as_the_docs_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is Leaky ReRoPE with a leak of 2."""
+    page = Path(__file__).parents[2] / "docs" / "attention.md"
+    (example,) = re.findall(r"```python\n([^`]*halved[^`]*)```", page.read_text())
+    monkeypatch.setattr(nlpe, "METHODS", dict(nlpe.METHODS))
+    q, k, v = (torch.randn(1, 2, 1500, 16, dtype=torch.float64) for _ in range(3))
+    rotary = Rotary(1 / 100 ** (torch.arange(0, 16, 2) / 16))
+    names = {"q": q, "k": k, "v": v, "rotary": rotary, "nlpe_attention": nlpe_attention}
+    exec(example, names)  # noqa: S102
+    leaky = Method("leaky-rerope", window=1024, leak=2.0)
+    wanted = nlpe_attention(q, k, v, leaky, rotary, rotated=False)
+    assert isinstance(wanted, Tensor)
+    torch.testing.assert_close(names["out"], wanted, rtol=0, atol=1e-12)
+    plain = nlpe_attention(q, k, v, Method("rerope", window=1500), rotary, rotated=False)
+    assert isinstance(plain, Tensor)
+    assert (plain - wanted).abs().max() > 1e-3
