@@ -15,9 +15,15 @@ from harness.nlpe_scores import by_distances
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from flagattention import AttentionError, DeviceError, DtypeError, ShapeError, piecewise_attention
+from flagattention import (
+    AttentionError,
+    DeviceError,
+    DtypeError,
+    ShapeError,
+    nlpe,
+    piecewise_attention,
+)
 from flagattention import fused as fused_module
-from flagattention import nlpe
 from flagattention.fused import nlpe_backward_op, nlpe_op
 from flagattention.nlpe import Method, Rotary, nlpe_attention, pairs, rotate
 from flagattention.positions import consecutive
