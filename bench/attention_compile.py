@@ -29,7 +29,9 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from flagattention.kernels import launch  # noqa: E402
+from flagattention.kernels.frame import Frame  # noqa: E402
 from flagattention.problem import NEVER, Problem  # noqa: E402
+from flagattention.turns import Tables  # noqa: E402
 
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 """Bytes of shared memory a program may take."""
@@ -39,6 +41,8 @@ LOOPS = {
     "backward_kv": (6, 3),
     "backward_q": (5, 2),
     "total": (6, 3),
+    "nlpe_forward": (5, 2),
+    "nlpe_backward_q": (5, 2),
 }
 """Loops that multiply matrices, with far keys and as plain attention."""
 
@@ -92,12 +96,21 @@ def launches(
     )
     tensors, totals = (q, k, q, k, k), lse
     _, keys, queries = launch.plan_backward(tensors, q, None, q, lse, tensors, problem, arch)
+    tables = _tables(size)
+    turning = Frame(q, k, problem, arch, tables)
     return {
         "forward": launch.plan_forward(tensors, q, lse, problem, arch),
         "backward_kv": keys,
         "backward_q": queries,
         "total": launch.plan_total(tensors[:4], lse, totals, problem, arch),
+        "nlpe_forward": launch.plan_forward(tensors, q, lse, problem, arch, tables),
+        "nlpe_backward_q": launch.plan_queries(turning, tensors, (q, lse, lse), (q, q)),
     }
+
+
+def _tables(size: int) -> Tables:
+    near, far = (torch.empty(rows, size // 2, device="meta") for rows in (_LENGTH, 1))
+    return Tables((near, near), (far, far), torch.empty(_LENGTH, device="meta"), interleaved=False)
 
 
 def source(planned: launch.Launch) -> ASTSource:

@@ -18,6 +18,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,14 @@ WORK_BARS = {4096: 1.03, 8192: 1.015, 32768: 1.005}
 type Row = dict[str, Any]
 
 
-def compiled(arch: str, size: int, dtype: str = "bfloat16") -> list[Row]:
+def compiled(
+    arch: str, size: int, dtype: str = "bfloat16", kernels: Sequence[str] = KERNELS
+) -> list[Row]:
     """What became of the kernels on one target, compiled in a process of its own."""
     program = [sys.executable, str(ROOT / "bench" / "attention_compile.py"), arch, str(size)]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     found = subprocess.run(
-        [*program, "--dtype", dtype, "--kernels", *KERNELS],
+        [*program, "--dtype", dtype, "--kernels", *kernels],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if found.returncode:

@@ -14,17 +14,14 @@ threshold a number; k1 is contiguous. For one that does not, they are put togeth
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flagattention.operators import backend_module, laid_out, problem_of
-from flagattention.positions import consecutive, log_scale
-from flagattention.rotary import Rotary, angles, turn
-
-if TYPE_CHECKING:
-    from flagattention.problem import Problem
+from flagattention.rotary import Rotary
+from flagattention.turns import Turns
 
 __all__ = ["nlpe_backward_op", "nlpe_op"]
 
@@ -60,7 +57,8 @@ def nlpe_op(
     if hasattr(module, "nlpe_forward"):
         out, lse, k1 = module.nlpe_forward(q, k, v, rotary, log_length, problem)
     else:
-        q1, k1, q2, k2 = _Turns(q, k, rotary, log_length, problem).pairs(q, k)
+        turns = Turns(q, k, rotary, log_length, problem)
+        (q1, q2), (k1, k2) = turns.queries(q), turns.keys(k)
         out, lse = module.forward(q1, k1, q2, k2, v, problem)
     return laid_out(out, q), lse.contiguous(), k1
 
@@ -108,8 +106,8 @@ def nlpe_backward_op(
     if hasattr(module, "nlpe_backward"):
         grads = module.nlpe_backward(dout, dlse, q, k, k1, v, out, lse, rotary, log_length, problem)
     else:
-        turns = _Turns(q, k, rotary, log_length, problem)
-        q1, _, q2, k2 = turns.pairs(q, k, k1)
+        turns = Turns(q, k, rotary, log_length, problem)
+        (q1, q2), (_, k2) = turns.queries(q), turns.keys(k, k1)
         *pair_grads, dv = module.backward(dout, dlse, q1, k1, q2, k2, v, out, lse, problem)
         grads = (*turns.gradients(*pair_grads), dv)
     dq, dk, dv = (laid_out(grad, x) for grad, x in zip(grads, (q, k, v), strict=True))
@@ -121,52 +119,6 @@ def _(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, k1: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-class _Turns:
-    """The rotations of one call, forward and back."""
-
-    def __init__(
-        self, q: Tensor, k: Tensor, rotary: Rotary, log_length: int | None, problem: Problem
-    ) -> None:
-        window = int(problem.threshold)
-        cu_seqlens = (problem.cu_seqlens_q, problem.cu_seqlens_k)
-        rows, cols = consecutive((q, k), cu_seqlens, problem.q_offset, problem.k_offset)
-        self.rotary = rotary
-        self.row_scale = log_scale(rows, log_length)
-        self.near_q, self.near_k, self.far_q, self.far_k = (
-            angles(positions, rotary, q.dtype)
-            for positions in (rows, cols, rows.new_full((1,), window), cols.new_zeros(1))
-        )
-
-    def pairs(
-        self, q: Tensor, k: Tensor, k1: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q1, k1, q2 and k2."""
-        return (
-            self._turned(q, self.near_q, self.row_scale),
-            self._turned(k, self.near_k) if k1 is None else k1,
-            self._turned(q, self.far_q, self.row_scale),
-            k if self.rotary.attention_scaling == 1.0 else self._turned(k, self.far_k),
-        )
-
-    def gradients(
-        self, dq1: Tensor, dk1: Tensor, dq2: Tensor, dk2: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The gradients of q and k, from those of the pairs: turned back and added."""
-        dtype = dq1.dtype
-        # In float32, so that the sums are rounded once.
-        dq1, dk1, dq2, dk2 = (
-            x.to(torch.promote_types(dtype, torch.float32)) for x in (dq1, dk1, dq2, dk2)
-        )
-        dq1 = self._turned(dq1, -self.near_q, self.row_scale)
-        dk1 = self._turned(dk1, -self.near_k)
-        dq2 = self._turned(dq2, -self.far_q, self.row_scale)
-        dk2 = self._turned(dk2, -self.far_k)
-        return (dq1 + dq2).to(dtype), (dk1 + dk2).to(dtype)
-
-    def _turned(self, x: Tensor, angle: Tensor, row_scale: Tensor | None = None) -> Tensor:
-        return turn(x, angle, self.rotary, self.rotary.attention_scaling, row_scale)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

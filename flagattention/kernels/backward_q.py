@@ -13,6 +13,7 @@ from flagattention.kernels.ranges import key_ranges, split
 from flagattention.kernels.tiles import (
     LOG2E,
     far_limits,
+    load_queries,
     load_rows,
     locate,
     read_rows,
@@ -95,7 +96,8 @@ def backward_q_kernel(
     dq2 is stored before dq1 is begun, so that one accumulator lives at a time.
 
     Args:
-        q1, q2, dout: ``Rows`` [B, H, M, D].
+        q1, q2: ``Rows`` [B, H, M, D], with ``mode.turn`` ``Turned``.
+        dout: ``Rows`` [B, H, M, D].
         k1, k2, v: ``Rows``, or with ``mode.tma`` tensor descriptors, [B, Hk, N, D].
         sums, deltas: From ``prepare_kernel``.
         dq1, dq2: ``Rows`` [B, H, M, D], written (dq2 only with ``mode.far``).
@@ -143,7 +145,7 @@ def backward_q_kernel(
     gradient = load_rows(dout, batch, head, at, left, mode.block_m, mode, True)
     if mode.far:
         dq = tl.zeros((mode.block_m, mode.padded), tl.float32)
-        query = load_rows(q2, batch, head, at, left, mode.block_m, mode, True)
+        query = load_queries(q2, batch, head, at, left, mode.block_m, mode, False)
         far = (limit, tl.minimum(tl.minimum(limit, seen), sink_end - 1))
         _, body_end = split(0, 0, far_full_end, far_end, mode.block_n)
         dq = _collect(
@@ -156,7 +158,7 @@ def backward_q_kernel(
         )  # fmt: skip
         store_rows(dq2, dq * scale, batch, head, at, left, mode.block_m, mode)
     dq = tl.zeros((mode.block_m, mode.padded), tl.float32)
-    query = load_rows(q1, batch, head, at, left, mode.block_m, mode, True)
+    query = load_queries(q1, batch, head, at, left, mode.block_m, mode, True)
     near = (limit, seen)
     head_end, body_end = split(near_begin, near_full_begin, near_full_end, near_end, mode.block_n)
     if mode.far:

@@ -9,7 +9,7 @@ from flagattention.kernels.ranges import key_ranges, split
 from flagattention.kernels.tiles import (
     LOG2E,
     far_limits,
-    load_rows,
+    load_queries,
     locate,
     read_rows,
     store_rows,
@@ -60,7 +60,7 @@ def forward_kernel(
     """One tile of query rows of one head; grid (query tiles, query heads, sequences).
 
     Args:
-        q1, q2: ``Rows`` [B, H, M, D].
+        q1, q2: ``Rows`` [B, H, M, D], with ``mode.turn`` ``Turned``.
         k1, k2, v: ``Rows``, or with ``mode.tma`` tensor descriptors, [B, Hk, N, D].
         out: ``Rows`` [B, H, M, D], written.
         lse: Pointer to float32 [B, H, total_rows], written: natural logarithm of the row sums.
@@ -113,7 +113,7 @@ def forward_kernel(
         tl.zeros((mode.block_m,), tl.float32) + LOWEST,
     )
     if mode.far:
-        query = load_rows(q2, batch, head, first_query + row, left, mode.block_m, mode, True)
+        query = load_queries(q2, batch, head, first_query + row, left, mode.block_m, mode, False)
         far = (limit, tl.minimum(tl.minimum(limit, seen), sink_end - 1))
         _, body_end = split(0, 0, far_full_end, far_end, mode.block_n)
         state = _attend(
@@ -124,7 +124,7 @@ def forward_kernel(
             state, query, k2, v, batch, key_head, first_key, body_end, far_end, columns, far,
             log2_scale, mode, False, True,
         )  # fmt: skip
-    query = load_rows(q1, batch, head, first_query + row, left, mode.block_m, mode, True)
+    query = load_queries(q1, batch, head, first_query + row, left, mode.block_m, mode, True)
     near = (limit, seen)
     head_end, body_end = split(near_begin, near_full_begin, near_full_end, near_end, mode.block_n)
     if mode.far:

@@ -5,135 +5,69 @@ A launch is planned first, as data, so that what is compiled ahead of time is wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 import triton
-import triton.language as tl
 
 from flagattention.kernels.backward_kv import backward_kv_kernel
 from flagattention.kernels.backward_q import backward_q_kernel, prepare_kernel
-from flagattention.kernels.configs import Tiles, choose
+from flagattention.kernels.configs import Tiles
 from flagattention.kernels.forward import forward_kernel
-from flagattention.kernels.tiles import Mode, Packing, Thresholds
+from flagattention.kernels.frame import Frame, Launch, has_far
 from flagattention.kernels.total import total_kernel
-from flagattention.kernels.views import as_rows, dense, result_like, walkable, walked
+from flagattention.kernels.turn_back import turn_back_kernel
+from flagattention.kernels.views import as_rows, dense, result_like, turned_rows, walkable, walked
+from flagattention.turns import Turns
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from flagattention.problem import Problem
+    from flagattention.rotary import Rotary
+    from flagattention.turns import Tables
 
 __all__ = [
     "Launch",
     "backward",
     "forward",
     "has_far",
+    "nlpe_backward",
+    "nlpe_forward",
     "plan_backward",
     "plan_forward",
+    "plan_keys",
+    "plan_prepare",
+    "plan_queries",
     "plan_total",
+    "plan_turn_back",
     "total_attention",
 ]
 
-# Positions are clamped to this, so that sums of two fit int32; no tensor is as long.
-_FAR = 1 << 30
-# Rows of a tile of ``prepare_kernel``.
+# Rows of a tile of the kernels that go over all rows once.
 _PREPARE = Tiles(64, 64, 4, 1)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A kernel and what it is launched with; ``arguments`` in the order of its parameters."""
-
-    kernel: Any
-    grid: tuple[int, int, int]
-    arguments: tuple[Any, ...]
-    tiles: Tiles
-
-    def __call__(self) -> None:
-        """Launches it on the current device, unless there is nothing to do."""
-        if all(self.grid):
-            self.kernel[self.grid](
-                *self.arguments, num_warps=self.tiles.warps, num_stages=self.tiles.stages
-            )
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """Sizes of a problem, and the arguments that every kernel takes."""
-
-    q: Tensor  # [B, H, M, D], packed [1, H, T, D]
-    k: Tensor
-    problem: Problem
-    arch: str
-
-    @property
-    def packed(self) -> bool:
-        return self.problem.cu_seqlens_q is not None
-
-    @property
-    def group(self) -> int:
-        return self.q.shape[1] // self.k.shape[1]
-
-    @property
-    def sequences(self) -> int:
-        starts = self.problem.cu_seqlens_q
-        return self.q.shape[0] if starts is None else len(starts) - 1
-
-    def tiles(self, kernel: str) -> Tiles:
-        return choose(self.arch, self.q.shape[3], kernel, self.q.element_size())
-
-    def grid(self, block: int, length: int, heads: int) -> tuple[int, int, int]:
-        return -(-length // block), heads, self.sequences
-
-    def mode(self, tiles: Tiles, tma: bool) -> Mode:
-        p, size = self.problem, self.q.shape[3]
-        values = Mode(
-            causal=p.causal,
-            far=has_far(p),
-            per_row=isinstance(p.threshold, torch.Tensor),
-            packed=self.packed,
-            flush=p.q_offset is None,
-            group=self.group,
-            block_m=tiles.block_m,
-            block_n=tiles.block_n,
-            head_dim=size,
-            padded=triton.next_power_of_2(size),
-            tma=tma,
-            precision=_precision(),
-        )
-        return Mode(*map(tl.constexpr, values))
-
-    def where(self) -> tuple[Thresholds, Packing]:
-        p, rows = self.problem, Thresholds(None, None)
-        if isinstance(p.threshold, torch.Tensor):
-            given = p.threshold.contiguous()
-            rows = Thresholds(given, given.stride(0) if given.dim() == 2 else 0)
-        return rows, Packing(p.cu_seqlens_q, p.cu_seqlens_k)
-
-    def numbers(self, *totals: int) -> tuple[float | int, ...]:
-        p, far_offset = self.problem, _offset(self.problem)
-        if not isinstance(p.threshold, torch.Tensor):
-            far_offset = _clamped(far_offset - p.threshold)
-        sink_end = _clamped(p.n_sink - p.k_offset) if p.n_sink else _FAR
-        return (
-            p.sm_scale, self.q.shape[2], self.k.shape[2], *totals, _clamped(_offset(p)),
-            far_offset, sink_end,
-        )  # fmt: skip
-
-
 def forward(
-    q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, problem: Problem
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    problem: Problem,
+    tables: Tables | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The forward pass; shapes as in ``problem``."""
+    """The forward pass; shapes as in ``problem``. With ``tables`` both queries come unrotated."""
     packed = problem.cu_seqlens_q is not None
     # Tokens behind the last packed sequence belong to none: they are rows that see no key.
     out = result_like(q1, filled=packed)
     shape = q1.shape[:2][::-1] if packed else q1.shape[:3]
     lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=q1.device)
     with _device_of(q1):
-        plan_forward((q1, k1, q2, k2, v), out, lse, problem, _arch(q1))()
+        plan_forward((q1, k1, q2, k2, v), out, lse, problem, _arch(q1), tables)()
     return out, lse
 
 
@@ -176,17 +110,77 @@ def total_attention(
     return totals
 
 
+def nlpe_forward(
+    q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, log_length: int | None, problem: Problem
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward pass of NLPE; as ``flagattention.fused`` has it.
+
+    Queries are rotated in the kernel: of rotated tensors there is only k1.
+    """
+    turns = Turns(q, k, rotary, log_length, problem)
+    k1, k2 = turns.keys(k)
+    out, lse = forward(q, k1, q, k2, v, problem, turns.tables())
+    return out, lse, k1
+
+
+def nlpe_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    k1: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rotary: Rotary,
+    log_length: int | None,
+    problem: Problem,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass of NLPE; as ``flagattention.fused`` has it.
+
+    dk/dv walks queries in its loops, where a rotation would be done again for every tile of keys:
+    q1 and q2 exist while it runs. They are gone before dq, which rotates as the forward pass does,
+    stores dq1 and dq2. Those are turned back and added by a kernel of their own, since the other
+    element of a pair is in an accumulator of another thread.
+    """
+    turns, sign = Turns(q, k, rotary, log_length, problem), _sign(problem.sm_scale)
+    (query, *views), problem = _prepared((q, k1, q, turns.keys(k, k1)[1], v), problem)
+    packed = problem.cu_seqlens_q is not None
+    dk1, dk2, dv = (result_like(x, filled=packed) for x in (k1, k, v))
+    dq, dk = (result_like(x) for x in (q, k))
+    with _device_of(q):
+        frame = Frame(query, views[0], problem, _arch(q))
+        prepare, begun = plan_prepare(frame, dout, dlse, out, lse)
+        prepare()
+        q1, q2 = turns.queries(query)
+        plan_keys(frame, (q1, views[0], q2, *views[2:]), begun, (dk1, dk2, dv))()
+        del q1, q2
+        dq1, dq2 = (result_like(q, filled=packed) for _ in "12")
+        frame = replace(frame, tables=turns.tables())
+        plan_queries(frame, (query, *views), begun, (dq1, dq2))()
+        back_q, back_k = turns.tables_back()
+        plan_turn_back(frame, dq1, dq2, dq, back_q)()
+        plan_turn_back(frame, dk1, dk2, dk, back_k)()
+    return (dq if sign > 0 else dq * sign), dk, dv
+
+
 def plan_forward(
-    tensors: tuple[Tensor, ...], out: Tensor, lse: Tensor, problem: Problem, arch: str
+    tensors: tuple[Tensor, ...],
+    out: Tensor,
+    lse: Tensor,
+    problem: Problem,
+    arch: str,
+    tables: Tables | None = None,
 ) -> Launch:
     """The launch that fills out and lse."""
     views, problem = _prepared(tensors, problem)
     q1, k1, q2, k2, v = views
-    frame = _Frame(q1, k1, problem, arch)
+    frame = Frame(q1, k1, problem, arch, tables)
+    near, far = frame.queries(q1, q2)
     tiles = frame.tiles("forward")
     (k1, k2, v), tma = walked((k1, k2, v), tiles.block_n, tiles.tma and not frame.packed)
     arguments = (
-        as_rows(q1), k1, as_rows(q2), k2, v, as_rows(dense(out, frame.packed)), lse, *frame.where(),
+        near, k1, far, k2, v, as_rows(dense(out, frame.packed)), lse, *frame.where(),
         frame.mode(tiles, tma), *frame.numbers(q1.shape[2]),
     )  # fmt: skip
     grid = frame.grid(tiles.block_m, problem.max_seqlen_q, q1.shape[1])
@@ -204,47 +198,87 @@ def plan_backward(
     arch: str,
 ) -> list[Launch]:
     """The launches that fill dq1, dk1, dq2, dk2 and dv, in order."""
-    (q1, k1, q2, k2, v), problem = _prepared(tensors, problem)
-    frame = _Frame(q1, k1, problem, arch)
-    dout, out = (walkable(dense(x, frame.packed)) for x in (dout, out))
-    dq1, dk1, dq2, dk2, dv = (as_rows(dense(x, frame.packed)) for x in grads)
-    sums, deltas = (torch.empty_like(lse, memory_format=torch.contiguous_format) for _ in "ab")
-    where, numbers = frame.where(), frame.numbers(q1.shape[2])
-    dlse = None if dlse is None else dlse.contiguous()
-    prepare = Launch(
-        prepare_kernel,
-        (-(-q1.shape[2] // _PREPARE.block_m), *q1.shape[1::-1]),
-        (
-            as_rows(out), as_rows(dout), lse.contiguous(), dlse, sums, deltas, q1.shape[2],
-            frame.mode(_PREPARE, False),
-        ),
-        _PREPARE,
-    )  # fmt: skip
+    views, problem = _prepared(tensors, problem)
+    frame = Frame(views[0], views[1], problem, arch)
+    dq1, dk1, dq2, dk2, dv = grads
+    prepare, begun = plan_prepare(frame, dout, dlse, out, lse)
+    return [
+        prepare,
+        plan_keys(frame, views, begun, (dk1, dk2, dv)),
+        plan_queries(frame, views, begun, (dq1, dq2)),
+    ]
 
+
+def plan_prepare(
+    frame: Frame, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Launch, tuple[Tensor, Tensor, Tensor]]:
+    """The launch that begins a backward pass, and what the others need of it.
+
+    Returns:
+        The launch; dout as kernels can address it, and the row statistics that will be filled.
+    """
+    dout, out = (walkable(dense(x, frame.packed)) for x in (dout, out))
+    sums, deltas = (torch.empty_like(lse, memory_format=torch.contiguous_format) for _ in "ab")
+    batch, heads, rows, _ = frame.q.shape
+    arguments = (
+        as_rows(out), as_rows(dout), lse.contiguous(), None if dlse is None else dlse.contiguous(),
+        sums, deltas, rows, frame.mode(_PREPARE, False),
+    )  # fmt: skip
+    grid = (-(-rows // _PREPARE.block_m), heads, batch)
+    return Launch(prepare_kernel, grid, arguments, _PREPARE), (dout, sums, deltas)
+
+
+def plan_keys(
+    frame: Frame,
+    views: Sequence[Tensor],
+    begun: tuple[Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> Launch:
+    """The launch that fills dk1, dk2 and dv; q1 and q2 come rotated."""
+    q1, k1, q2, k2, v = views
+    dout, sums, deltas = begun
+    dk1, dk2, dv = (as_rows(dense(x, frame.packed)) for x in grads)
     tiles = frame.tiles("backward_kv")
     (a1, a2, g), tma = walked((q1, q2, dout), tiles.block_m, tiles.tma and not frame.packed)
-    keys = Launch(
-        backward_kv_kernel,
-        frame.grid(tiles.block_n, problem.max_seqlen_k, k1.shape[1]),
-        (
-            a1, as_rows(k1), a2, as_rows(k2), as_rows(v), g, sums, deltas, dk1, dk2, dv, *where,
-            frame.mode(tiles, tma), *numbers,
-        ),
-        tiles,
+    arguments = (
+        a1, as_rows(k1), a2, as_rows(k2), as_rows(v), g, sums, deltas, dk1, dk2, dv,
+        *frame.where(), frame.mode(tiles, tma), *frame.numbers(q1.shape[2]),
     )  # fmt: skip
+    grid = frame.grid(tiles.block_n, frame.problem.max_seqlen_k, k1.shape[1])
+    return Launch(backward_kv_kernel, grid, arguments, tiles)
 
+
+def plan_queries(
+    frame: Frame,
+    views: Sequence[Tensor],
+    begun: tuple[Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, Tensor],
+) -> Launch:
+    """The launch that fills dq1 and dq2."""
+    q1, k1, q2, k2, v = views
+    dout, sums, deltas = begun
+    dq1, dq2 = (as_rows(dense(x, frame.packed)) for x in grads)
+    near, far = frame.queries(q1, q2)
     tiles = frame.tiles("backward_q")
     (b1, b2, c), tma = walked((k1, k2, v), tiles.block_n, tiles.tma and not frame.packed)
-    queries = Launch(
-        backward_q_kernel,
-        frame.grid(tiles.block_m, problem.max_seqlen_q, q1.shape[1]),
-        (
-            as_rows(q1), b1, as_rows(q2), b2, c, as_rows(dout), sums, deltas, dq1, dq2, *where,
-            frame.mode(tiles, tma), *numbers,
-        ),
-        tiles,
+    arguments = (
+        near, b1, far, b2, c, as_rows(dout), sums, deltas, dq1, dq2, *frame.where(),
+        frame.mode(tiles, tma), *frame.numbers(q1.shape[2]),
     )  # fmt: skip
-    return [prepare, keys, queries]
+    grid = frame.grid(tiles.block_m, frame.problem.max_seqlen_q, q1.shape[1])
+    return Launch(backward_q_kernel, grid, arguments, tiles)
+
+
+def plan_turn_back(
+    frame: Frame, near: Tensor, far: Tensor, result: Tensor, tables: Tables
+) -> Launch:
+    """The launch that fills the gradient of q or k from those of pair 1 and pair 2."""
+    near, far, result = (dense(x, frame.packed) for x in (near, far, result))
+    batch, heads, rows, _ = near.shape
+    mode = replace(frame, tables=tables).mode(_PREPARE, False)
+    arguments = (*turned_rows(near, far, tables), as_rows(result), rows, mode)
+    grid = (-(-rows // _PREPARE.block_m), heads, batch)
+    return Launch(turn_back_kernel, grid, arguments, _PREPARE)
 
 
 def plan_total(
@@ -252,7 +286,7 @@ def plan_total(
 ) -> Launch:
     """The launch that fills the total attention from q1, k1, q2 and k2."""
     (q1, k1, q2, k2), problem = _prepared(tensors, problem)
-    frame = _Frame(q1, k1, problem, arch)
+    frame = Frame(q1, k1, problem, arch)
     tiles = frame.tiles("total")
     (q1, q2), tma = walked((q1, q2), tiles.block_m, tiles.tma and not frame.packed)
     arguments = (
@@ -261,21 +295,6 @@ def plan_total(
     )  # fmt: skip
     grid = frame.grid(tiles.block_n, problem.max_seqlen_k, frame.q.shape[1])
     return Launch(total_kernel, grid, arguments, tiles)
-
-
-def has_far(problem: Problem) -> bool:
-    """Whether a key may be far; if none, the kernels are plain attention."""
-    if isinstance(problem.threshold, torch.Tensor):
-        return True
-    flush = problem.q_offset is None
-    return problem.threshold < (
-        problem.max_seqlen_k if flush else _offset(problem) + problem.max_seqlen_q
-    )
-
-
-def _offset(problem: Problem) -> int:
-    """Position of the first query less that of the first key, what flush sequences add apart."""
-    return 0 if problem.q_offset is None else problem.q_offset - problem.k_offset
 
 
 def _prepared(tensors: tuple[Tensor, ...], problem: Problem) -> tuple[list[Tensor], Problem]:
@@ -291,14 +310,6 @@ def _prepared(tensors: tuple[Tensor, ...], problem: Problem) -> tuple[list[Tenso
 
 def _sign(scale: float) -> int:
     return (scale > 0) - (scale < 0)
-
-
-def _clamped(position: int) -> int:
-    return max(-_FAR, min(position, _FAR))
-
-
-def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _device_of(x: Tensor) -> torch.cuda.device:

@@ -13,12 +13,15 @@ __all__ = [
     "Packing",
     "Rows",
     "Thresholds",
+    "Turned",
     "far_limits",
+    "load_queries",
     "load_rows",
     "locate",
     "read_rows",
     "scan_limits",
     "store_rows",
+    "turned",
     "vector",
 ]
 
@@ -33,6 +36,18 @@ class Rows(NamedTuple):
     batch_stride: Any
     head_stride: Any
     row_stride: Any
+
+
+class Turned(NamedTuple):
+    """``Rows`` that are rotated when they are loaded."""
+
+    pointer: Any
+    batch_stride: Any
+    head_stride: Any
+    row_stride: Any
+    cos: Any  # float32 [T, mode.half], or [1, mode.half] for all rows
+    sin: Any
+    scales: Any  # float32 [T], what rows are multiplied by; or None
 
 
 class Packing(NamedTuple):
@@ -64,6 +79,8 @@ class Mode(NamedTuple):
     padded: Any  # head_dim, or the power of two above it
     tma: Any  # the tensors walked in loops are tensor descriptors
     precision: Any  # of the matrix products, for float32
+    turn: Any  # queries are ``Turned``: dims i and i + half make a pair (1), or 2i and 2i + 1 (2)
+    half: Any  # pairs of dims that are rotated
 
 
 @triton.jit
@@ -88,7 +105,7 @@ def locate(packing, sequence, rows, columns, offset, far_offset, mode):
 
 
 @triton.jit
-def _addresses(tensor, batch, head, row, BLOCK: tl.constexpr, mode):
+def _addresses(tensor, batch, head, row, across, BLOCK: tl.constexpr):
     # In 64 bits: a tensor may hold more than 2**31 elements.
     start = (
         tl.cast(batch, tl.int64) * tensor.batch_stride
@@ -96,13 +113,13 @@ def _addresses(tensor, batch, head, row, BLOCK: tl.constexpr, mode):
         + tl.cast(row, tl.int64) * tensor.row_stride
     )
     down = tl.arange(0, BLOCK)[:, None] * tensor.row_stride
-    return tensor.pointer + start + down + tl.arange(0, mode.padded)[None, :]
+    return tensor.pointer + start + down + across[None, :]
 
 
 @triton.jit
 def load_rows(tensor, batch, head, row, left, BLOCK: tl.constexpr, mode, GUARD: tl.constexpr):
     """Load a tile [BLOCK, padded]; with GUARD, rows from the ``left``-th on are zero."""
-    addresses = _addresses(tensor, batch, head, row, BLOCK, mode)
+    addresses = _addresses(tensor, batch, head, row, tl.arange(0, mode.padded), BLOCK)
     down = tl.arange(0, BLOCK)[:, None]
     across = tl.arange(0, mode.padded)[None, :]
     if GUARD:
@@ -117,6 +134,55 @@ def load_rows(tensor, batch, head, row, left, BLOCK: tl.constexpr, mode, GUARD: 
 
 
 @triton.jit
+def turned(tensor, batch, head, row, left, BLOCK: tl.constexpr, mode, EACH: tl.constexpr):
+    """Load a tile of a ``Turned`` tensor, float32; with EACH every row has its own angles.
+
+    The other element of a pair is in another thread's registers; a second load finds it in the
+    cache.
+    """
+    x = load_rows(tensor, batch, head, row, left, BLOCK, mode, True).to(tl.float32)
+    down = tl.arange(0, BLOCK)
+    if tensor.scales is not None:
+        scale = tl.load(tensor.scales + row + down, mask=down < left, other=1.0)
+        x = x * scale[:, None]
+    if mode.half > 0:
+        across = tl.arange(0, mode.padded)
+        if mode.turn == 1:
+            pair = across % mode.half
+            other = (across + mode.half) % (2 * mode.half)
+            first = across < mode.half
+        else:
+            pair = across // 2
+            other = across ^ 1
+            first = across % 2 == 0
+        rotates = (across < 2 * mode.half)[None, :]
+        at = pair[None, :]
+        if EACH:
+            at += (tl.cast(row, tl.int64) + down[:, None]) * mode.half
+            rotates = rotates & (down < left)[:, None]
+        cos = tl.load(tensor.cos + at, mask=rotates, other=1.0)
+        sin = tl.load(tensor.sin + at, mask=rotates, other=0.0)
+        sin = tl.where(first[None, :], -sin, sin)
+        addresses = _addresses(tensor, batch, head, row, other, BLOCK)
+        kept = (across < 2 * mode.half)[None, :] & (down < left)[:, None]
+        partner = tl.load(addresses, mask=kept, other=0.0).to(tl.float32)
+        if tensor.scales is not None:
+            partner = partner * scale[:, None]
+        x = x * cos + partner * sin
+    return x
+
+
+@triton.jit
+def load_queries(tensor, batch, head, row, left, BLOCK: tl.constexpr, mode, EACH: tl.constexpr):
+    """Load a tile of query rows, zero from the ``left``-th on; rotated if they are ``Turned``."""
+    if mode.turn:
+        tile = turned(tensor, batch, head, row, left, BLOCK, mode, EACH)
+        return tile.to(tensor.pointer.dtype.element_ty)
+    else:
+        return load_rows(tensor, batch, head, row, left, BLOCK, mode, True)
+
+
+@triton.jit
 def read_rows(tensor, batch, head, row, left, BLOCK: tl.constexpr, mode, GUARD: tl.constexpr):
     """Load a tile of a tensor that is walked in a loop: by its descriptor, where it has one."""
     if mode.tma:
@@ -128,7 +194,7 @@ def read_rows(tensor, batch, head, row, left, BLOCK: tl.constexpr, mode, GUARD: 
 @triton.jit
 def store_rows(tensor, tile, batch, head, row, left, BLOCK: tl.constexpr, mode):
     """Store the first ``left`` rows of a tile [BLOCK, padded], rounded to the tensor's type."""
-    addresses = _addresses(tensor, batch, head, row, BLOCK, mode)
+    addresses = _addresses(tensor, batch, head, row, tl.arange(0, mode.padded), BLOCK)
     kept = tl.arange(0, BLOCK)[:, None] < left
     if mode.head_dim != mode.padded:
         kept = kept & (tl.arange(0, mode.padded)[None, :] < mode.head_dim)

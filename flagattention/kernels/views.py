@@ -8,12 +8,14 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from flagattention.kernels.tiles import Rows
+from flagattention.kernels.tiles import Rows, Turned
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["as_rows", "dense", "result_like", "walkable", "walked"]
+    from flagattention.turns import Tables
+
+__all__ = ["as_rows", "dense", "result_like", "turned_rows", "walkable", "walked"]
 
 # A tile's rows are addressed in 32 bits; no tile has more rows than this.
 _TILE_ROWS = 512
@@ -64,6 +66,14 @@ def _addressable(x: Tensor) -> bool:
 def as_rows(x: Tensor) -> Rows:
     """A tensor [B, H, T, D] and its strides."""
     return Rows(x, *x.stride()[:3])
+
+
+def turned_rows(near: Tensor, far: Tensor, tables: Tables) -> tuple[Turned, Turned]:
+    """Tensors [B, H, T, D] that a kernel rotates: with the tables of pair 1 and of pair 2."""
+    return (
+        Turned(*as_rows(near), *tables.near, tables.scales),
+        Turned(*as_rows(far), *tables.far, tables.scales),
+    )
 
 
 def result_like(x: Tensor, filled: bool = False) -> Tensor:

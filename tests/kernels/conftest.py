@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 from harness.triton_interpreter import install
 
-from flagattention.kernels import launch
+from flagattention.kernels import frame
 from flagattention.kernels.configs import Tiles
 
 install()
@@ -28,4 +28,4 @@ install()
 @pytest.fixture
 def set_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tiles], None]:
     """Makes every kernel take these tiles."""
-    return lambda tiles: monkeypatch.setattr(launch, "choose", lambda *_: tiles)
+    return lambda tiles: monkeypatch.setattr(frame, "choose", lambda *_: tiles)
