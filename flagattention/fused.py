@@ -9,7 +9,8 @@ A backend may offer both passes itself, with the rotation inside its kernels::
     nlpe_backward(dout, dlse, q, k, k1, v, out, lse, rotary, log_length, problem) -> (dq, dk, dv)
 
 with the shapes and the meaning of ``problem`` as for ``forward`` and ``backward`` there, and the
-threshold a number; k1 is contiguous. For one that does not, they are put together here.
+threshold a number; k1 is contiguous. The Triton backend does. For one that does
+not, they are put together here.
 """
 
 from __future__ import annotations

@@ -49,6 +49,7 @@ __all__ = [
 
 # Rows of a tile of the kernels that go over all rows once.
 _PREPARE = Tiles(64, 64, 4, 1)
+_TURN_BACK = Tiles(32, 32, 8, 1)
 
 
 def forward(
@@ -275,10 +276,10 @@ def plan_turn_back(
     """The launch that fills the gradient of q or k from those of pair 1 and pair 2."""
     near, far, result = (dense(x, frame.packed) for x in (near, far, result))
     batch, heads, rows, _ = near.shape
-    mode = replace(frame, tables=tables).mode(_PREPARE, False)
+    mode = replace(frame, tables=tables).mode(_TURN_BACK, False)
     arguments = (*turned_rows(near, far, tables), as_rows(result), rows, mode)
-    grid = (-(-rows // _PREPARE.block_m), heads, batch)
-    return Launch(turn_back_kernel, grid, arguments, _PREPARE)
+    grid = (-(-rows // _TURN_BACK.block_m), heads, batch)
+    return Launch(turn_back_kernel, grid, arguments, _TURN_BACK)
 
 
 def plan_total(

@@ -95,7 +95,6 @@ def unfuse(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     ("name", "turning", "shapes", "dtype"),
     [
         ("rerope", "whole", SMALL, torch.float32),
-        ("rerope", "whole", GROUPS, torch.float16),
         ("logarithm", "partial", GROUPS, torch.float32),
         ("streaming", "interleaved", SMALL, torch.float16),
         ("streaming", "partial interleaved", GROUPS, torch.float32),
