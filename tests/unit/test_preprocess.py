@@ -131,7 +131,7 @@ def test_output_does_not_depend_on_workers_or_shards(
 def test_killed_in_the_middle_and_started_again(
     tmp_path: Path, choice: TokenizerChoice, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", TEXTS * 150)
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS * 40)
     run(path, tmp_path / "whole", choice, shard_bytes=1 << 20)
     prefix = tmp_path / "out"
     command = [sys.executable, TOOL, "--input", path, "--output-prefix", prefix, "--append-eod"]
