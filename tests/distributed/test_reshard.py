@@ -1,4 +1,4 @@
-"""Eight cells of the reshard matrix; ``bench/matrix.py`` runs all of them."""
+"""Five cells of the reshard matrix; ``bench/matrix.py`` runs all of them."""
 
 from __future__ import annotations
 

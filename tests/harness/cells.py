@@ -142,13 +142,10 @@ def growth_cells() -> list[Cell]:
 
 TEST_CELLS = (
     Cell("dp2", "dp_reshardable", "tp2", "fully_reshardable"),
-    Cell("dp2", "dp_reshardable", "pp2", "legacy"),
     Cell("tp2-pp2", "legacy", "dp3", "dp_reshardable"),
-    Cell("tp2-pp2", "legacy", "tp2-pp2", "dp_reshardable"),
     Cell("tied-pp2", "fully_reshardable", "tp2-pp2", "legacy"),
     Cell("pp2-vpp2", "dp_reshardable", "tp4", "fully_reshardable"),
     Cell("moe-ep2", "legacy", "ep1", "dp_reshardable"),
-    Cell("buckets-dp3", "dp_reshardable", "dp1", "legacy"),
 )
 """What the test command runs of the matrix."""
 

@@ -15,7 +15,7 @@ from flagscale.layout.arguments import batch_sizes, model_dims, parallel_layout,
 from flagscale.layout.memory import MemoryTerms, predict_memory
 from harness import train, worker
 
-__all__ = ["TINY_SIZES", "measure_peaks", "predict_ranks"]
+__all__ = ["LAYOUTS", "TINY_SIZES", "measure_peaks", "predict_ranks"]
 
 TINY_SIZES: dict[str, object] = {
     "hidden_size": 128,
@@ -29,6 +29,34 @@ TINY_SIZES: dict[str, object] = {
     "attention_softmax_in_fp32": True,
 }
 """Arguments of the tiny recipe's sizes, at which no term is lost beside the others."""
+
+_TP, _PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+_EXPERTS = {
+    "num_experts": 4,
+    "expert_model_parallel_size": 2,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_ffn_hidden_size": 96,
+}
+LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
+    "DP1": (1, {}),
+    "DP2": (2, {}),
+    "TP2": (2, {_TP: 2}),
+    "TP2+SP": (2, {_TP: 2, "sequence_parallel": True}),
+    "PP2": (2, {_PP: 2}),
+    "PP2xVPP2": (2, {_PP: 2, "num_virtual_stages_per_pipeline_rank": 2}),
+    "TP2xPP2": (4, {_TP: 2, _PP: 2}),
+    "selective": (1, {"recompute_granularity": "selective"}),
+    "full": (
+        1,
+        {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+    ),
+    "MoE+EP2": (2, _EXPERTS),
+}
+"""By name: processes, and arguments beside those of the tiny recipe."""
 
 
 def predict_ranks(argv: Sequence[object], nproc: int = 1) -> list[MemoryTerms]:
