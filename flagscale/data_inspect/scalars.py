@@ -67,6 +67,7 @@ def curve_of(read: Sequence[ScalarRun]) -> Curve | None:
 def _points(run: ScalarRun, ordinal: int) -> list[Point]:
     has_norms = any("grad-norm" in values for values in run.steps.values())
     tag = next(tag for tag in LOSSES if any(tag in values for values in run.steps.values()))
+    last = max(run.steps)  # of which the rest may not be on the disk yet, or never come
     points = []
     for iteration, values in sorted(run.steps.items()):
         if tag not in values:  # cut off between two scalars of a step
@@ -77,7 +78,7 @@ def _points(run: ScalarRun, ordinal: int) -> list[Point]:
                 iteration=iteration,
                 loss=loss if math.isfinite(loss) and loss != 0.0 else None,
                 nan=not math.isfinite(loss),
-                skipped=int(has_norms and "grad-norm" not in values),
+                skipped=int(has_norms and "grad-norm" not in values and iteration < last),
                 consumed_after=run.consumed.get(iteration),
                 batch_size=_count(values.get("batch-size")),
                 grad_norm=_finite(values.get("grad-norm")),

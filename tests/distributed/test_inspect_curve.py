@@ -88,5 +88,9 @@ def test_event_files_have_every_step_exactly(runs: tuple[Path, list[RunResult]])
     assert {attempt for attempt, _ in set(truth) - set(steps)} <= {0}
     for key, point in steps.items():
         assert point.loss == pytest.approx(truth[key].losses["lm loss"], rel=1e-7)
-        assert point.grad_norm == pytest.approx(truth[key].grad_norm, rel=1e-6)
+        assert point.skipped == 0
+        if point.grad_norm is None:  # the kill came between two values of a step
+            assert key == max(one for one in steps if one[0] == 0)
+        else:
+            assert point.grad_norm == pytest.approx(truth[key].grad_norm, rel=1e-6)
         assert point.consumed_after == 4 * point.iteration

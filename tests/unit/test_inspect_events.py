@@ -78,12 +78,14 @@ def test_restarts_are_files_in_order_of_time(tmp_path: Path) -> None:
 
 def test_nan_zero_and_refused_steps(tmp_path: Path) -> None:
     scalars = [*_step(1), *_step(2, math.nan), *_step(3, 0.0), *_step(4, 9.0, norm=None)]
+    scalars += _step(5, 2.0, norm=None)  # the last: the rest of it may still come
     points = read_events(_write(tmp_path / "tfevents", scalars)).points
     assert [(p.loss, p.nan, p.skipped) for p in points] == [
         (2.5, False, 0),
         (None, True, 0),
         (None, False, 0),
         (9.0, False, 1),
+        (2.0, False, 0),
     ]
 
 
