@@ -9,7 +9,7 @@ from harness.corpus import model_argv
 from harness.memory import LAYOUTS, TINY_SIZES, measure_peaks, predict_ranks
 
 
-@pytest.mark.parametrize("layout", ["TP2xPP2", "full", "MoE+EP2"])  # bench/memory.py: all
+@pytest.mark.parametrize("layout", ["full", "MoE+EP2"])  # bench/memory.py: all
 def test_the_prediction_is_within_a_tenth(corpus: Path, tmp_path: Path, layout: str) -> None:
     nproc, changes = LAYOUTS[layout]
     argv = model_argv(corpus, **{**TINY_SIZES, **changes})
