@@ -9,8 +9,8 @@ A backend may offer both passes itself, with the rotation inside its kernels::
     nlpe_backward(dout, dlse, q, k, k1, v, out, lse, rotary, log_length, problem) -> (dq, dk, dv)
 
 with the shapes and the meaning of ``problem`` as for ``forward`` and ``backward`` there, and the
-threshold a number; k1 is contiguous. The Triton backend does. For one that does
-not, they are put together here.
+threshold a number; k1 is contiguous. The Triton backend does; for one that does not, they are put
+together here.
 """
 
 from __future__ import annotations
@@ -20,14 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flagattention.operators import backend_module, laid_out, problem_of
+from flagattention.operators import SETTINGS, backend_module, laid_out, problem_of
 from flagattention.rotary import Rotary
 from flagattention.turns import Turns
 
 __all__ = ["nlpe_backward_op", "nlpe_op"]
 
 
-@torch.library.custom_op("flagattention::nlpe", mutates_args=())
+_ROTATION = "Tensor inv_freq, bool interleaved, float attention_scaling, SymInt? log_length"
+_REST = f"{_ROTATION}, SymInt threshold, {SETTINGS}"
+
+
+@torch.library.custom_op(
+    "flagattention::nlpe",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_REST}) -> (Tensor, Tensor, Tensor)",
+)
 def nlpe_op(
     q: Tensor,
     k: Tensor,
@@ -37,22 +45,11 @@ def nlpe_op(
     attention_scaling: float,
     log_length: int | None,
     threshold: int,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    q_offset: int | None,
-    k_offset: int,
-    n_sink: int,
-    causal: bool,
-    sm_scale: float,
-    backend: str,
+    *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Out, lse and the rotated keys of a checked call."""
-    problem = problem_of(
-        (q, k), threshold, None, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        q_offset, k_offset, n_sink, causal, sm_scale,
-    )  # fmt: skip
+    *shape, backend = settings
+    problem = problem_of((q, k), threshold, None, *shape)
     rotary = Rotary(inv_freq, interleaved, attention_scaling)
     module = backend_module(backend)
     if hasattr(module, "nlpe_forward"):
@@ -71,7 +68,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor, 
     return torch.empty_like(q), lse, k.new_empty(k.shape)
 
 
-@torch.library.custom_op("flagattention::nlpe_backward", mutates_args=())
+@torch.library.custom_op(
+    "flagattention::nlpe_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor k1, Tensor v, Tensor out, "
+    f"Tensor lse, {_REST}) -> (Tensor, Tensor, Tensor)",
+)
 def nlpe_backward_op(
     dout: Tensor,
     dlse: Tensor | None,
@@ -86,22 +88,11 @@ def nlpe_backward_op(
     attention_scaling: float,
     log_length: int | None,
     threshold: int,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    q_offset: int | None,
-    k_offset: int,
-    n_sink: int,
-    causal: bool,
-    sm_scale: float,
-    backend: str,
+    *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
-    problem = problem_of(
-        (q, k), threshold, None, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        q_offset, k_offset, n_sink, causal, sm_scale,
-    )  # fmt: skip
+    *shape, backend = settings
+    problem = problem_of((q, k), threshold, None, *shape)
     rotary = Rotary(inv_freq, interleaved, attention_scaling)
     module = backend_module(backend)
     if hasattr(module, "nlpe_backward"):

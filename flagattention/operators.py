@@ -17,7 +17,10 @@ from flagattention.errors import BackendError
 from flagattention.problem import Problem
 from flagattention.validation import check_cu_seqlens
 
-__all__ = ["backend_module", "backward_op", "laid_out", "piecewise_op", "problem_of", "total_op"]
+__all__ = [
+    "SETTINGS", "backend_module", "backward_op", "laid_out", "piecewise_op", "problem_of",
+    "total_op",
+]  # fmt: skip
 
 _MODULES = {
     "cpu": "flagattention.cpu",
@@ -26,31 +29,32 @@ _MODULES = {
 }
 
 
-@torch.library.custom_op("flagattention::piecewise", mutates_args=())
+SETTINGS = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
+    "SymInt? q_offset, SymInt k_offset, SymInt n_sink, bool causal, float sm_scale, str backend"
+)
+"""The last arguments of every operator, in the order of :func:`problem_of`, then the backend."""
+
+_PAIRS = "Tensor q1, Tensor k1, Tensor q2, Tensor k2"
+_THRESHOLD = "SymInt threshold, Tensor? row_threshold"
+
+
+@torch.library.custom_op(
+    "flagattention::piecewise",
+    mutates_args=(),
+    schema=f"({_PAIRS}, Tensor v, {_THRESHOLD}, {SETTINGS}) -> (Tensor, Tensor)",
+)
 def piecewise_op(
     q1: Tensor,
     k1: Tensor,
     q2: Tensor,
     k2: Tensor,
     v: Tensor,
-    threshold: int,
-    row_threshold: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    q_offset: int | None,
-    k_offset: int,
-    n_sink: int,
-    causal: bool,
-    sm_scale: float,
-    backend: str,
+    *settings: Any,
 ) -> tuple[Tensor, Tensor]:
     """Out and lse of a checked call; ``Problem`` says what the arguments mean."""
-    problem = problem_of(
-        (q1, k1), threshold, row_threshold, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        q_offset, k_offset, n_sink, causal, sm_scale,
-    )  # fmt: skip
+    *shape, backend = settings
+    problem = problem_of((q1, k1), *shape)
     out, lse = backend_module(backend).forward(q1, k1, q2, k2, v, problem)
     return laid_out(out, q1), lse.contiguous()
 
@@ -62,7 +66,12 @@ def _(
     return torch.empty_like(q1), q1.new_empty(_lse_shape(q1), dtype=_lse_dtype(q1))
 
 
-@torch.library.custom_op("flagattention::piecewise_backward", mutates_args=())
+@torch.library.custom_op(
+    "flagattention::piecewise_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor? dlse, {_PAIRS}, Tensor v, Tensor out, Tensor lse, {_THRESHOLD}, "
+    f"{SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def backward_op(
     dout: Tensor,
     dlse: Tensor | None,
@@ -73,24 +82,11 @@ def backward_op(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    threshold: int,
-    row_threshold: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    q_offset: int | None,
-    k_offset: int,
-    n_sink: int,
-    causal: bool,
-    sm_scale: float,
-    backend: str,
+    *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q1, k1, q2, k2 and v."""
-    problem = problem_of(
-        (q1, k1), threshold, row_threshold, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        q_offset, k_offset, n_sink, causal, sm_scale,
-    )  # fmt: skip
+    *shape, backend = settings
+    problem = problem_of((q1, k1), *shape)
     tensors = (q1, k1, q2, k2, v)
     grads = backend_module(backend).backward(dout, dlse, *tensors, out, lse, problem)
     dq1, dk1, dq2, dk2, dv = (laid_out(g, x) for g, x in zip(grads, tensors, strict=True))
@@ -111,31 +107,22 @@ def _(
     return tuple(torch.empty_like(x) for x in (q1, k1, q2, k2, v))
 
 
-@torch.library.custom_op("flagattention::total_attention", mutates_args=())
+@torch.library.custom_op(
+    "flagattention::total_attention",
+    mutates_args=(),
+    schema=f"({_PAIRS}, Tensor lse, {_THRESHOLD}, {SETTINGS}) -> Tensor",
+)
 def total_op(
     q1: Tensor,
     k1: Tensor,
     q2: Tensor,
     k2: Tensor,
     lse: Tensor,
-    threshold: int,
-    row_threshold: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    q_offset: int | None,
-    k_offset: int,
-    n_sink: int,
-    causal: bool,
-    sm_scale: float,
-    backend: str,
+    *settings: Any,
 ) -> Tensor:
     """The sum over the queries of the attention each key gets; it has no gradient."""
-    problem = problem_of(
-        (q1, k1), threshold, row_threshold, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        q_offset, k_offset, n_sink, causal, sm_scale,
-    )  # fmt: skip
+    *shape, backend = settings
+    problem = problem_of((q1, k1), *shape)
     total: Tensor = backend_module(backend).total_attention(q1, k1, q2, k2, lse, problem)
     return total.contiguous()
 
