@@ -96,6 +96,7 @@ def train(pairs: int, seed: int, work: Path, more: Sequence[str]) -> list[tuple[
     apply([*groups, switch.patch()])
     write_data(work / "data", seed)
     words = MODEL.split()
+    words.remove("--bf16")  # which a CPU without units for it computes many times slower
     for option, value in {**_SHAPE, **_BATCH}.items():
         words[words.index(option) + 1] = value
     sys.argv = ["ledger", *CPU.megatron_arguments, *words, "--data-path", str(work / "data")]
