@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import types
@@ -19,7 +20,7 @@ from flagscale.patches.check import Finding, Report, Status, check, conflicts
 from flagscale.patches.registry import Kind, Patch, PatchGroup
 from flagscale.patches.source import ImportSite, SourceTree
 
-__all__ = ["ActivePatch", "Applied", "active", "apply", "skipped"]
+__all__ = ["ActivePatch", "Applied", "active", "apply", "installed_source", "skipped"]
 
 MARK = "__flagscale_patch__"
 """Attribute of a replacement function that holds the name of its group."""
@@ -148,6 +149,16 @@ def skipped() -> dict[str, str]:
     return dict(_SKIPPED)
 
 
+@functools.cache
+def installed_source() -> SourceTree:
+    """The installed megatron, read and parsed once in a process.
+
+    Raises:
+        PatchTargetMissingError: It is not installed.
+    """
+    return SourceTree.installed()
+
+
 def apply(
     groups: Iterable[PatchGroup],
     *,
@@ -172,7 +183,7 @@ def apply(
         PatchSourceChangedError: A target is not what its patch was written against.
         PatchError: A patch cannot work as declared.
     """
-    tree = tree or SourceTree.installed()
+    tree = tree or installed_source()
     wanted: dict[PatchGroup, str] = {}
     left_out: dict[str, str] = {}
     for group in groups:

@@ -45,8 +45,16 @@ def run_rank(
         sys.modules[os.environ[BLOCKED]] = None  # type: ignore[assignment]
     if not getattr(sys.modules.get("harness.preload"), "LOADED", False):
         raise RuntimeError("the fork server could not import harness.preload")
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import (
+        get_write_results_queue,
+    )
+
     from flagscale.hooks import HOOKS, StepEvent
     from flagscale.train.__main__ import guarded_main
+
+    # The first save of a torch_dist checkpoint makes this queue in a spawned process, which imports
+    # torch and megatron for it: seconds of every short run.
+    get_write_results_queue("fork")
 
     steps = open(f"{base}.steps.jsonl", "w")  # noqa: SIM115 - open until the process ends
 
