@@ -10,7 +10,8 @@
     │   └── PatchConflictError
     ├── PluginError                     exit code 2   a plugin cannot be loaded, or failed to start
     ├── DataError                       exit code 2   input data is missing or malformed
-    └── CheckpointError                 exit code 3   a checkpoint is missing, broken or unfit
+    ├── CheckpointError                 exit code 3   a checkpoint is missing, broken or unfit
+    └── SupersededError                 exit code 76  another attempt owns the run
 
 Programs print ``str(error)`` and exit with ``error.exit_code``; the library itself never exits.
 """
@@ -28,6 +29,7 @@ __all__ = [
     "PatchTargetMissingError",
     "PlatformError",
     "PluginError",
+    "SupersededError",
     "VerificationError",
 ]
 
@@ -123,3 +125,9 @@ class CheckpointError(FlagScaleError):
     """A checkpoint is missing, broken, or does not fit the job that wants it."""
 
     exit_code = 3
+
+
+class SupersededError(FlagScaleError):
+    """A later attempt owns the run: this process must stop, and publish nothing."""
+
+    exit_code = 76

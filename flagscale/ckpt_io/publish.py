@@ -10,7 +10,6 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Final
 from flagscale.ckpt_io.claims import Claims
 from flagscale.ckpt_io.journal import RECEIPT, Staging
 from flagscale.ckpt_io.location import TRACKER
-from flagscale.ckpt_io.raw import disk_errors, flush_directory
+from flagscale.ckpt_io.raw import disk_errors, flush_directory, replace_text
 from flagscale.errors import CheckpointError
 
 __all__ = ["TRACKER", "publish"]
@@ -64,7 +63,7 @@ def publish(
         )
     if ours or staging.root.exists():
         if tracker is not None:
-            _point_to(staging.destination.parent, tracker)
+            replace_text(staging.destination.parent / TRACKER, str(tracker))
         staging.remove()
     return ours
 
@@ -117,16 +116,3 @@ def _make_visible(
                 cure=f"remove it and run again: {staging.root} is complete",
             ) from error
         flush_directory(staging.destination.parent)
-
-
-def _point_to(directory: Path, tracker: int | str) -> None:
-    path = directory / TRACKER
-    # Not by process: threads share a number, and so may processes of containers.
-    draft = directory / f".{TRACKER}.{secrets.token_hex(8)}"
-    with disk_errors(path):
-        with draft.open("w", encoding="utf-8") as stream:
-            stream.write(str(tracker))
-            stream.flush()
-            os.fsync(stream.fileno())
-        draft.replace(path)
-        flush_directory(directory)

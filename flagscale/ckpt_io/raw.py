@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ __all__ = [
     "StagedFile",
     "disk_errors",
     "flush_directory",
+    "replace_text",
     "require_room",
     "stamp_sources",
 ]
@@ -190,3 +192,24 @@ def flush_directory(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file whole: readers see the old content or the new, also after a power cut.
+
+    Args:
+        path: Its directory exists.
+        text: All of it.
+
+    Raises:
+        CheckpointError: The disk refuses.
+    """
+    # Not by process: threads share a number, and so may processes of containers.
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    with disk_errors(path):
+        with draft.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        draft.replace(path)
+        flush_directory(path.parent)

@@ -10,11 +10,9 @@ from typing import Any, NoReturn
 
 from flagscale.errors import CheckpointError
 from flagscale.patches.registry import Kind, Patch, PatchGroup
+from flagscale.runs.complete import BEGUN_MARKER
 
-__all__ = ["BEGUN_MARKER", "GROUP"]
-
-BEGUN_MARKER = "flagscale-begun.json"
-"""Written into the save directory after the first save: from then on a start must find one."""
+__all__ = ["GROUP"]
 
 
 def _raise_for_exit(exit_request: SystemExit, directory: str | None) -> NoReturn:

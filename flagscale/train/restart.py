@@ -9,7 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from flagscale.hooks import Hooks, SaveEvent
-from flagscale.patches.load_checkpoint import BEGUN_MARKER
+from flagscale.runs.complete import BEGUN_MARKER, tracked_iteration
 
 __all__ = ["connect"]
 
@@ -22,7 +22,7 @@ def connect(hooks: Hooks, args: Namespace) -> None:
 
 def _mark_as_begun(directory: Path, event: SaveEvent) -> None:
     marker = directory / BEGUN_MARKER
-    if marker.exists():
+    if marker.exists() or tracked_iteration(directory) is None:  # it is still being written
         return
     partial = marker.with_suffix(f".partial-{os.getpid()}")
     content = {"first_saved_iteration": event.iteration, "time": time.time()}

@@ -23,7 +23,7 @@ from harness.families import megatron_arguments
 
 from flagscale.patches import mla_local
 from flagscale.patches.fused_adam import FusedAdam
-from flagscale.patches.load_checkpoint import BEGUN_MARKER
+from flagscale.runs.complete import BEGUN_MARKER
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 

@@ -22,7 +22,7 @@ from flagscale.ckpt_io.checksum import combine_crc32
 from flagscale.ckpt_io.claims import Claims, Task
 from flagscale.ckpt_io.journal import RECEIPT, FileRecord, HolePart, Journal, Staging, UnitRecord
 from flagscale.ckpt_io.publish import TRACKER, publish
-from flagscale.ckpt_io.raw import SourceStamp, require_room
+from flagscale.ckpt_io.raw import SourceStamp, replace_text, require_room
 from flagscale.errors import CheckpointError, ConfigError
 
 STAMP = SourceStamp("a.bin", 10, 1)
@@ -214,7 +214,7 @@ def test_publish_is_one_rename_and_the_tracker_last(
     assert not publish(staging, 10, {})  # once is enough
 
 
-@pytest.mark.parametrize("where", ["_point_to", "_make_visible"])
+@pytest.mark.parametrize("where", ["replace_text", "_make_visible"])
 def test_a_publication_cut_off_is_finished_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -292,7 +292,7 @@ def test_two_write_the_tracker_at_once(tmp_path: Path, monkeypatch: pytest.Monke
     both_written = threading.Barrier(2, timeout=10)
     monkeypatch.setattr(os, "fsync", lambda _: both_written.wait())
     with ThreadPoolExecutor() as pool:
-        for done in [pool.submit(publishing._point_to, tmp_path, 10) for _ in range(2)]:
+        for done in [pool.submit(replace_text, tmp_path / TRACKER, "10") for _ in range(2)]:
             done.result()
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(TRACKER, "10")]
 

@@ -1,0 +1,1 @@
+"""What lies in a run directory besides logs: attempts, lock, status, and which saves are whole."""
