@@ -2,7 +2,8 @@
 # Makes the project's virtual environment and prints the path of its Python:
 #
 #   PY=$(scripts/bootstrap.sh run)      # what training needs
-#   PY=$(scripts/bootstrap.sh test)     # and what the checks need: as root, Chromium by apt-get, too
+#   PY=$(scripts/bootstrap.sh test)     # and what the checks need: as root, by apt-get, Chromium and
+#                                       # Slurm too
 #
 # Takes no time when nothing is to do; run again after an interruption, it starts afresh. Messages
 # go to stderr. Exit code 2, with the cure, when there is no Python, no space or no network.
@@ -150,22 +151,30 @@ install() {
   die "pip failed (log: $log)" "see the message above, then run this again"
 }
 
-# A report is tested in a real browser. Where none can be installed, those tests fail and say why.
-install_browser() {
-  local log=$venv/flagscale.apt.log
-  if [[ -n $(type -P chromium chromium-browser google-chrome) ]]; then return; fi
+# Reports are tested in a real browser, and launching on a real Slurm. Where one of them cannot be
+# installed, the tests that need it say so.
+install_programs() {
+  local log=$venv/flagscale.apt.log wanted=() names fails=''
+  if [[ -z $(type -P chromium chromium-browser google-chrome) ]]; then wanted+=(chromium); fi
+  # Where daemons lie may be on root's PATH only.
+  if [[ -z $(PATH+=:${PATH//\/bin//sbin} && type -P slurmctld) ]]; then
+    wanted+=("slurmctld slurmd slurm-client munge")
+  fi
+  if ((${#wanted[@]} == 0)); then return; fi
   if [[ $(id -u 2>/dev/null) != 0 ]] || ! type -P apt-get >/dev/null; then
-    say "no Chromium, which some tests need; an administrator: apt-get install chromium"
+    say "some tests need programs that are missing; an administrator: apt-get install ${wanted[*]}"
     return
   fi
-  say "installing chromium"
+  say "installing ${wanted[*]}"
   # Lists that cannot be brought up to date may still do.
-  if ! {
-    apt-get update -q -o Acquire::http::Timeout=20 || true
+  apt-get update -q -o Acquire::http::Timeout=20 >"$log" 2>&1 </dev/null || true
+  for names in "${wanted[@]}"; do
+    # shellcheck disable=SC2086  # several packages
     DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends \
-      -o DPkg::Lock::Timeout=300 chromium
-  } >"$log" 2>&1 </dev/null; then
-    say "apt-get could not install chromium, so some tests will fail (log: $log)"
+      -o DPkg::Lock::Timeout=300 $names >>"$log" 2>&1 </dev/null || fails+=" $names"
+  done
+  if [[ -n $fails ]]; then
+    say "apt-get could not install$fails, so some tests cannot run (log: $log)"
   fi
 }
 
@@ -191,7 +200,7 @@ main() {
       say "ready"
     fi
   fi
-  if [[ $mode == test ]]; then install_browser; fi
+  if [[ $mode == test ]]; then install_programs; fi
   printf '%s\n' "$python"
 }
 

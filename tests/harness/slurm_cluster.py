@@ -168,7 +168,9 @@ class SlurmCluster:
 
     def _start_munged(self) -> None:
         munge = self.directory / "munge"
-        options = [f"--{name}={munge / name.partition('-')[0]}" for name in ("key-file", "pid-file")]
+        options = [
+            f"--{name}={munge / name.partition('-')[0]}" for name in ("key-file", "pid-file")
+        ]
         options += [f"--socket={munge}/sock", f"--seed-file={munge}/seed"]
         self._daemon("munged", *options, f"--log-file={munge}/log", "--num-threads=2")
 
@@ -214,7 +216,9 @@ class SlurmCluster:
     @property
     def environ(self) -> dict[str, str]:
         """The environment in which Slurm's programs speak to this cluster."""
-        kept = {name: v for name, v in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
+        kept = {
+            name: v for name, v in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))
+        }
         return kept | self.settings | {"PATH": _path()}
 
     @property

@@ -282,12 +282,15 @@ def test_a_folder_that_is_not_ours_is_left_alone(project: Project) -> None:
     assert precious.exists()
 
 
-# --- the browser ----------------------------------------------------------------------------------
+# --- programs that are no Python packages ---------------------------------------------------------
 
+SLURM = "slurmctld slurmd slurm-client munge"
 APT_GET = """#!/usr/bin/env bash
 echo "$*" >> "$HOME/apt-calls"
-if [[ ${APT_FAILS-} == "$1" ]]; then echo "E: no such package"; exit 100; fi
-if [[ $1 == install ]]; then echo > "$PATH/chromium"; chmod +x "$PATH/chromium"; fi
+if [[ " $* " == *" ${APT_FAILS-nothing} "* ]]; then echo "E: no such package"; exit 100; fi
+for name in chromium slurmctld; do
+  if [[ " $* " == *" $name "* ]]; then echo > "$PATH/$name"; chmod +x "$PATH/$name"; fi
+done
 """
 
 
@@ -299,33 +302,53 @@ def make_root(project: Project) -> Path:
     return Path(project.env["HOME"]) / "apt-calls"
 
 
-@pytest.mark.parametrize("fails", ["", "update"])
-def test_the_tests_get_a_browser_once(ready: Project, fails: str) -> None:
+@pytest.mark.parametrize("fails", ["nothing", "update"])
+def test_the_tests_get_a_browser_and_a_slurm_once(ready: Project, fails: str) -> None:
     calls = make_root(ready)
     assert ready.run("run").stderr == ""
     assert not calls.exists()
     first = ready.run("test", APT_FAILS=fails)
     assert first.stdout == f"{ready.venv}/bin/python\n"
-    assert first.stderr.endswith("installing chromium\n")
-    assert [line.split()[0] for line in calls.read_text().splitlines()] == ["update", "install"]
-    assert calls.read_text().endswith(" chromium\n")
+    assert first.stderr.endswith(f"installing chromium {SLURM}\n")
+    lines = calls.read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["update", "install", "install"]
+    assert lines[1].endswith(" chromium")
+    assert lines[2].endswith(f" {SLURM}")
     assert ready.run("test").stderr == ""
-    assert len(calls.read_text().splitlines()) == 2
+    assert len(calls.read_text().splitlines()) == 3
 
 
-def test_without_a_browser_the_rest_is_installed(ready: Project) -> None:
+def test_only_what_is_missing_is_installed(ready: Project) -> None:
+    calls = make_root(ready)
+    ready.add_program("chromium", "")
+    assert ready.run("test").stderr.endswith(f"installing {SLURM}\n")
+    assert "chromium" not in calls.read_text()
+
+
+def test_daemons_off_the_path_count(ready: Project) -> None:
+    calls = make_root(ready)
+    ready.add_program("chromium", "")
+    ready.add_program("../sbin/slurmctld", "")
+    assert ready.run("test").returncode == 0
+    assert not calls.exists()
+
+
+@pytest.mark.parametrize(("fails", "other"), [("chromium", "slurmctld"), ("munge", "chromium")])
+def test_without_one_of_them_the_rest_is_installed(ready: Project, fails: str, other: str) -> None:
     make_root(ready)
-    result = ready.run("test", APT_FAILS="install")
+    result = ready.run("test", APT_FAILS=fails)
     assert (result.returncode, result.stdout) == (0, f"{ready.venv}/bin/python\n")
     log = ready.venv / "flagscale.apt.log"
-    assert f"could not install chromium, so some tests will fail (log: {log})" in result.stderr
+    names = SLURM if fails == "munge" else fails
+    assert f"could not install {names}, so some tests cannot run (log: {log})" in result.stderr
     assert log.read_text() == "E: no such package\n"
+    assert (Path(ready.env["PATH"]) / other).exists()
 
 
 def test_who_is_not_root_is_told_what_to_ask_for(ready: Project) -> None:
     result = ready.run("test")
     assert result.returncode == 0
-    assert "an administrator: apt-get install chromium" in result.stderr
+    assert f"an administrator: apt-get install chromium {SLURM}\n" in result.stderr
 
 
 # --- what can be missing --------------------------------------------------------------------------
