@@ -17,12 +17,16 @@ __all__ = [
     "HOOKS",
     "BatchDrawn",
     "DatasetsBuilt",
+    "EarlyExit",
     "ExitEvent",
+    "ExitReason",
     "ForwardLoss",
+    "ForwardStart",
     "Hooks",
     "SaveEvent",
     "SaveReason",
     "SaveRequest",
+    "SaveStart",
     "StepEvent",
     "StepStart",
     "TrainStart",
@@ -86,6 +90,11 @@ class BatchDrawn:
 
 
 @dataclass(frozen=True)
+class ForwardStart:
+    """A micro batch is about to pass this rank's stage; also in evaluation."""
+
+
+@dataclass(frozen=True)
 class ForwardLoss:
     """The losses of one micro batch, on a rank of the last pipeline stage; also in evaluation.
 
@@ -141,6 +150,20 @@ class SaveRequest:
 
 
 @dataclass(frozen=True)
+class SaveStart:
+    """A save is about to begin; nothing of it is written yet.
+
+    Args:
+        iteration: 1-based iteration the checkpoint will hold.
+        persistent: Whether it goes to ``--save``; else it is one of
+            ``--non-persistent-save-interval``.
+    """
+
+    iteration: int
+    persistent: bool
+
+
+@dataclass(frozen=True)
 class SaveEvent:
     """One checkpoint save that upstream has returned from (an asynchronous one may still write).
 
@@ -151,6 +174,29 @@ class SaveEvent:
 
     iteration: int
     seconds: float
+
+
+class ExitReason(enum.Enum):
+    """Why upstream leaves its loop, having saved if it was told where."""
+
+    SIGNAL = "signal"
+    DURATION = "duration"
+    """``--exit-duration-in-mins`` is over."""
+    PLANNED = "planned"
+    """``--exit-interval``, or a transition between phases."""
+
+
+@dataclass(frozen=True)
+class EarlyExit:
+    """Upstream is about to leave its loop; the same on every rank.
+
+    Args:
+        iteration: The last one done, counted from 1.
+        reason: Why.
+    """
+
+    iteration: int
+    reason: ExitReason
 
 
 @dataclass(frozen=True)
@@ -174,10 +220,13 @@ class Hooks:
     on_train_start: list[Callable[[TrainStart], None]] = field(default_factory=list)
     on_step_start: list[Callable[[StepStart], None]] = field(default_factory=list)
     on_batch: list[Callable[[BatchDrawn], None]] = field(default_factory=list)
+    on_forward: list[Callable[[ForwardStart], None]] = field(default_factory=list)
     on_forward_loss: list[Callable[[ForwardLoss], None]] = field(default_factory=list)
     on_step_end: list[Callable[[StepEvent], None]] = field(default_factory=list)
     should_save: list[Callable[[SaveRequest], bool]] = field(default_factory=list)
+    on_save_start: list[Callable[[SaveStart], None]] = field(default_factory=list)
     on_save: list[Callable[[SaveEvent], None]] = field(default_factory=list)
+    on_early_exit: list[Callable[[EarlyExit], None]] = field(default_factory=list)
     on_exit: list[Callable[[ExitEvent], None]] = field(default_factory=list)
 
     def may_save(self, request: SaveRequest) -> bool:

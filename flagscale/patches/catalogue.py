@@ -26,6 +26,7 @@ _DECLARED = (
     "rampup:GROUP",
     "rotary_fp32:GROUP",
     "torch_norms:GROUP",
+    "tracker:GROUP",
     "training_events:GROUP",
 )
 

@@ -10,9 +10,12 @@ from typing import Any
 
 from flagscale.hooks import (
     HOOKS,
+    EarlyExit,
+    ExitReason,
     SaveEvent,
     SaveReason,
     SaveRequest,
+    SaveStart,
     StepEvent,
     StepStart,
     TrainStart,
@@ -96,7 +99,7 @@ def _tell_of_step(original: Callable[..., Any]) -> Callable[..., Any]:
     return train_step
 
 
-def _ask_before_interval_saves(original: Callable[..., Any]) -> Callable[..., Any]:
+def _ask_before_saves_and_tell_exit(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def checkpoint_and_decide_exit(
         model: Any, optimizer: Any, scheduler: Any, iteration: int, *args: Any, **kwargs: Any
@@ -114,17 +117,37 @@ def _ask_before_interval_saves(original: Callable[..., Any]) -> Callable[..., An
             run.save_interval = None
         _LOOP.must_save = True
         try:
-            return original(model, optimizer, scheduler, iteration, *args, **kwargs)
+            leaves = original(model, optimizer, scheduler, iteration, *args, **kwargs)
         finally:
             run.save_interval = interval
             _LOOP.must_save = False
+        if leaves:
+            event = EarlyExit(iteration, _exit_reason(run, iteration))
+            for listener in HOOKS.on_early_exit:
+                listener(event)
+        return leaves
 
     return checkpoint_and_decide_exit
+
+
+def _exit_reason(run: Any, iteration: int) -> ExitReason:
+    """Why upstream leaves: it does not say. Called on every rank."""
+    from megatron.training import get_signal_handler
+
+    interval, transitions = run.exit_interval, run.phase_transition_iterations
+    if (interval and iteration % interval == 0) or (transitions and iteration in transitions):
+        return ExitReason.PLANNED  # it would have left here in any case
+    # Signals are remembered, so that this finds what upstream's own look, a moment ago, has found.
+    if run.exit_signal_handler and any(get_signal_handler().signals_received()):
+        return ExitReason.SIGNAL
+    return ExitReason.DURATION
 
 
 def _tell_save(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def save_checkpoint_and_time(iteration: int, *args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
         # In the loop, outside both places above, only a change of the batch size saves.
         if (
             _LOOP.running
@@ -132,14 +155,30 @@ def _tell_save(original: Callable[..., Any]) -> Callable[..., Any]:
             and not HOOKS.may_save(SaveRequest(iteration, SaveReason.BATCH_SIZE_CHANGE))
         ):
             return None
+        begin = SaveStart(iteration, persistent=not kwargs.get("non_persistent_ckpt", False))
+        for hear_start in HOOKS.on_save_start:
+            hear_start(begin)
         start = time.perf_counter()
         result = original(iteration, *args, **kwargs)
+        _wait_for_all(run_args=get_args())
         event = SaveEvent(iteration=iteration, seconds=time.perf_counter() - start)
         for listener in HOOKS.on_save:
             listener(event)
         return result
 
     return save_checkpoint_and_time
+
+
+def _wait_for_all(run_args: Any) -> None:
+    """Until rank 0 has listed the checkpoint's files: listeners may add some of their own.
+
+    The next step would wait for it anyway. What an asynchronous save has written is listed later,
+    when all ranks have agreed on its end.
+    """
+    import torch
+
+    if not run_args.async_save and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 _TRAINING = "megatron.training.training"
@@ -152,7 +191,7 @@ GROUP = PatchGroup(
         Patch(
             f"{_TRAINING}:checkpoint_and_decide_exit",
             Kind.FUNCTION,
-            _ask_before_interval_saves,
+            _ask_before_saves_and_tell_exit,
             "01a73a56992753fa",
         ),
         Patch(
@@ -162,6 +201,6 @@ GROUP = PatchGroup(
             "5ffe05204a9e2971",
         ),
     ),
-    reason="upstream has no hook at a start, around a step, or before and after a save",
+    reason="upstream has no hook at a start, around a step or a save, or where it leaves early",
     upstream="megatron-core 0.19.2, training/training.py:2336, 3030, 3230, 3342",
 )

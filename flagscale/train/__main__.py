@@ -6,25 +6,29 @@ Started once a device by ``flagscale.launch``, torchrun or srun, it finds its pl
 
 from __future__ import annotations
 
-import difflib
-import json
-import os
 import sys
-import time
+
+from flagscale.train import preemption
+
+if __name__ == "__main__":
+    preemption.remember(sys.argv[1:])  # before anything slow: a signal may come at any moment
+
+import difflib
+import os
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 from flagscale.errors import ConfigError, FlagScaleError
 from flagscale.hooks import HOOKS, ExitEvent
 from flagscale.patches.apply import active, apply, skipped
 from flagscale.platforms import activate, select
 from flagscale.plugins import load_plugins
+from flagscale.runs.exit_codes import SAVED, SUPERSEDED
 from flagscale.train.arguments import add_flagscale_arguments
+from flagscale.train.failure import end_children, record_failure, superseded
 from flagscale.train.preflight import ArgumentParser
 
 DISABLE_PATCHES = "FLAGSCALE_DISABLE_PATCHES"
-ERROR_FILE = "FLAGSCALE_ERROR_FILE"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -72,41 +76,42 @@ def _describe_patches() -> str:
     return "\n".join(["patches (python -m flagscale.patches list):", *lines])
 
 
-def _record_failure(message: str, exit_code: int) -> None:
-    """Leave the reason where the launcher looks for it."""
-    if os.environ.get(ERROR_FILE):
-        record = {
-            "rank": int(os.environ.get("RANK", "0")),
-            "time": time.time(),
-            "message": message,
-            "exit_code": exit_code,
-        }
-        Path(os.environ[ERROR_FILE]).write_text(json.dumps(record))
-
-
 def guarded_main(argv: Sequence[str]) -> int:
     """Train; report a failure where people and the launcher look for it; return the exit code."""
+    preemption.remember(argv)
     exit_code, error = _attempt(lambda: main(argv))
-    hook_exit_code, _ = _attempt(lambda: _tell_exit(ExitEvent(exit_code, error)))
-    return exit_code or hook_exit_code
+    if exit_code != SUPERSEDED and (later := superseded()) is not None:
+        # With its peers gone, a rank may fail of something else before it has looked.
+        exit_code, _ = _attempt(lambda: _fail(later))
+    if exit_code != SUPERSEDED:  # else nobody may write their last words
+        hook_exit_code, _ = _attempt(lambda: _tell_exit(ExitEvent(exit_code, error)))
+        exit_code = exit_code or hook_exit_code
+    if exit_code not in (0, SAVED):
+        end_children()
+    return exit_code
 
 
 def _attempt(action: Callable[[], None]) -> tuple[int, Exception | None]:
     try:
         action()
     except SystemExit as exit_request:  # upstream's way out after a signal or --exit-interval
-        return exit_request.code if isinstance(exit_request.code, int) else 0, None
+        code = exit_request.code if isinstance(exit_request.code, int) else 0
+        return code or preemption.exit_code(), None
     except FlagScaleError as error:
         if error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         print(error, file=sys.stderr)
-        _record_failure(str(error), error.exit_code)
+        record_failure(str(error), error.exit_code)
         return error.exit_code, error
     except Exception as error:
         traceback.print_exc()
-        _record_failure(f"{type(error).__name__}: {error}", 1)
+        record_failure(f"{type(error).__name__}: {error}", 1)
         return 1, error
     return 0, None
+
+
+def _fail(error: Exception) -> None:
+    raise error
 
 
 def _tell_exit(event: ExitEvent) -> None:
@@ -118,6 +123,7 @@ if __name__ == "__main__":
     status = guarded_main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    if status:
+    if status not in (0, SAVED):
         # With a rank gone, an orderly shutdown would wait for it in a collective.
         os._exit(status)
+    raise SystemExit(status)

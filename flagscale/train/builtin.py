@@ -12,27 +12,37 @@ from flagscale.plugins import Plugin
 from flagscale.train import (
     aquila,
     buffer_map,
+    completeness,
+    fencing,
     ledger,
     piecewise,
+    preemption,
     quarantine,
     replay,
     restart,
+    run_dir,
     saving,
     throughput,
+    watchdog,
 )
 
 __all__ = [
     "AQUILA",
     "BUFFER_MAP",
+    "COMPLETENESS",
+    "FENCING",
     "LEDGER",
     "PATCHES",
     "PIECEWISE",
     "PLATFORMS",
+    "PREEMPTION",
     "QUARANTINE",
     "REPLAY",
     "RESTART",
+    "RUN_DIR",
     "SAVING",
     "THROUGHPUT",
+    "WATCHDOG",
 ]
 
 AQUILA = Plugin(
@@ -42,6 +52,12 @@ AQUILA = Plugin(
     pre_wrap_hooks=aquila.pre_wrap_hooks,
 )
 BUFFER_MAP = Plugin(name="buffer-map", connect=buffer_map.connect)
+COMPLETENESS = Plugin(
+    name="completeness",
+    verify_arguments=completeness.verify_arguments,
+    connect=completeness.connect,
+)
+FENCING = Plugin(name="fencing", connect=fencing.connect)
 LEDGER = Plugin(
     name="ledger",
     add_arguments=ledger.add_arguments,
@@ -56,6 +72,7 @@ PIECEWISE = Plugin(
     verify_arguments=piecewise.verify_arguments,
     pre_wrap_hooks=piecewise.pre_wrap_hooks,
 )
+PREEMPTION = Plugin(name="preemption", connect=preemption.connect)
 QUARANTINE = Plugin(
     name="quarantine",
     add_arguments=quarantine.add_arguments,
@@ -64,7 +81,14 @@ QUARANTINE = Plugin(
 )
 REPLAY = Plugin(name="replay", add_arguments=replay.add_arguments)
 RESTART = Plugin(name="restart", connect=restart.connect)
+RUN_DIR = Plugin(name="run-dir", connect=run_dir.connect)
 SAVING = Plugin(name="saving", add_arguments=saving.add_arguments, connect=saving.connect)
 THROUGHPUT = Plugin(
     name="throughput", add_arguments=throughput.add_arguments, connect=throughput.connect
+)
+WATCHDOG = Plugin(
+    name="watchdog",
+    add_arguments=watchdog.add_arguments,
+    verify_arguments=watchdog.verify_arguments,
+    connect=watchdog.connect,
 )

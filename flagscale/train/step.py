@@ -20,7 +20,7 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers
 from megatron.training.utils.common_utils import is_first_or_last_pipeline_stage
 
-from flagscale.hooks import HOOKS, BatchDrawn, ForwardLoss
+from flagscale.hooks import HOOKS, BatchDrawn, ForwardLoss, ForwardStart
 
 __all__ = ["forward_step", "get_batch", "masked_loss"]
 
@@ -167,6 +167,8 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tens
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
+    for listener in HOOKS.on_forward:
+        listener(ForwardStart())
     fed = flatten_batch_for_packed_sequences(dict(batch))
     output = model(
         fed["tokens"],

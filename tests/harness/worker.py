@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import watch
+from harness import fault, watch
 
 __all__ = ["BLOCKED", "run_rank"]
 
@@ -72,6 +72,7 @@ def run_rank(
 
     HOOKS.on_step_end.append(record)
     watch.attach(HOOKS)
+    fault.attach(HOOKS)
     exit_code = guarded_main(argv)
     sys.stdout.flush()
     sys.stderr.flush()
