@@ -1,6 +1,7 @@
 """``python -m flagscale.launch RECIPE [options] [Megatron arguments]``: run a recipe.
 
 On this machine, on hosts given by name, or through Slurm: see :mod:`flagscale.launch.start`.
+``python -m flagscale.launch status RUN_DIR`` says where a run is.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from flagscale.errors import ConfigError, FlagScaleError
 from flagscale.launch.local import verify_paths
 from flagscale.launch.options import known_options
 from flagscale.launch.recipe import read_recipe
+from flagscale.launch.settings import HEALTH_CHECKS
 from flagscale.launch.start import Machine, Request, describe_start, execute_start, plan_start
+from flagscale.launch.status import main as report_status
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,6 +77,27 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OPTION",
         help="an option for sbatch, as in --sbatch=--partition=NAME; may be repeated",
     )
+    parser.add_argument(
+        "--srun",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="an option for srun, as in --srun=--container-image=NAME; may be repeated",
+    )
+    parser.add_argument(
+        "--max-restarts", type=int, help="how often a Slurm job may be queued again (default: 10)"
+    )
+    parser.add_argument(
+        "--spares", type=int, help="machines to ask Slurm for beyond those needed (default: 0)"
+    )
+    parser.add_argument(
+        "--health-check",
+        choices=HEALTH_CHECKS,
+        help="what is looked at in a Slurm job before ranks start (default: full)",
+    )
+    parser.add_argument(
+        "--no-health-check", dest="health_check", action="store_const", const="none"
+    )
     return parser
 
 
@@ -104,6 +128,10 @@ def _request(args: argparse.Namespace, overrides: list[str], environ: Mapping[st
         node_rank=args.node_rank,
         port=args.port,
         sbatch=tuple(args.sbatch),
+        srun=tuple(args.srun),
+        max_restarts=args.max_restarts,
+        spares=args.spares,
+        health_check=args.health_check,
     )
 
 
@@ -128,6 +156,8 @@ def _machine(environ: Mapping[str, str]) -> Machine:
 def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
     """Plan, and run unless it is a dry run; the exit code."""
     try:
+        if argv[:1] == ["status"]:
+            return report_status(argv[1:])
         args, overrides = _parser().parse_known_args(argv)
         request = _request(args, overrides, environ)
         options = known_options()

@@ -96,6 +96,9 @@ def _expand(word: str) -> list[str]:
     return [prefix + number + tail for number in numbers for tail in _expand(rest)]
 
 
-def slurm_port(job_id: int) -> int:
-    """A port for a job, another than its neighbours', below those the kernel hands out itself."""
-    return 10_000 + job_id % 20_000
+def slurm_port(job_id: int, restart: int = 0) -> int:
+    """A port for a start of a job, below those the kernel hands out itself.
+
+    It is another than its neighbours', and than that of the start before, whose ranks may live on.
+    """
+    return 10_000 + (job_id + 7919 * restart) % 20_000

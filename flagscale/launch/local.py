@@ -27,11 +27,11 @@ from flagscale.errors import ConfigError
 from flagscale.launch.paths import ArgumentPath, verify_inputs, verify_outputs
 from flagscale.launch.plan import LaunchPlan, Worker
 from flagscale.layout.parallel import Problem, raise_problems
+from flagscale.runs.exit_codes import SAVED
 
 __all__ = [
     "FORWARDED",
     "execute_local",
-    "first_error",
     "log_header",
     "verify_paths",
     "write_run_dir",
@@ -66,7 +66,8 @@ def execute_local(
         grace_s: Seconds.
 
     Returns:
-        0, or the exit code of the rank that failed first (128 + N for signal N).
+        0, the code of a run that saved and ended early, or the exit code of the rank that failed
+        first (128 + N for signal N).
 
     Raises:
         ConfigError: A path is missing or cannot be written; nothing was started.
@@ -110,6 +111,11 @@ class _Rank:
     log_start: int  # bytes; before it lie earlier starts
     exit_code: int | None = None  # as in subprocess: -N for signal N
     ended_at: float = 0.0  # seconds since the epoch
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has ended otherwise than all ranks do."""
+        return self.exit_code not in (None, 0, SAVED)
 
     def send(self, signum: int) -> None:
         """Send a signal to the process and all it started; it must not have been reaped."""
@@ -238,7 +244,7 @@ class _Job:
     def _end_after_failure(self) -> None:
         """Once a rank has failed, or says that it is about to, the others cannot go on."""
         if self._kill_at is None:
-            if any(rank.exit_code or self._error_record(rank) for rank in self._ranks):
+            if any(rank.has_failed or self._error_record(rank) for rank in self._ranks):
                 self._kill_at = time.monotonic() + self._grace_s
                 self._send(signal.SIGTERM)
         elif time.monotonic() > self._kill_at:
@@ -254,9 +260,9 @@ class _Job:
 
     def _report(self) -> int:
         """Say why the job failed, if it did; its exit code."""
-        failed = [rank for rank in self._ranks if rank.exit_code]
+        failed = [rank for rank in self._ranks if rank.has_failed]
         if not failed:
-            return 0
+            return max((rank.exit_code or 0 for rank in self._ranks), default=0)
         first = min(failed, key=self._order_of_failure)
         number, record = first.worker.rank, self._error_record(first)
         exit_code = first.exit_code or 0
@@ -326,12 +332,6 @@ def log_header(worker: Worker, restart: str = "") -> str:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     again = f" restart {restart}" if restart not in ("", "0") else ""
     return f"=== {now} rank {worker.rank}{again}: {shlex.join(worker.argv)}\n"
-
-
-def first_error(run_dir: Path) -> dict[str, Any] | None:
-    """The earliest failure that ranks of any machine have recorded."""
-    records = [_read_record(path) for path in (run_dir / "logs").glob("rank_*.error")]
-    return min((r for r in records if r), key=lambda r: float(r["time"]), default=None)
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:

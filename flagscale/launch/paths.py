@@ -6,11 +6,21 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from flagscale.layout.parallel import Problem
 
-__all__ = ["ArgumentPath", "input_paths", "output_paths", "verify_inputs", "verify_outputs"]
+__all__ = [
+    "ArgumentPath",
+    "input_paths",
+    "local_file_system",
+    "output_paths",
+    "verify_inputs",
+    "verify_outputs",
+]
+
+_OF_ONE_MACHINE: Final = frozenset({"tmpfs", "ramfs", "devtmpfs", "overlay", "squashfs"})
+"""File systems that no other machine sees. A disk's may be exported by this very machine."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,24 @@ def verify_outputs(paths: Iterable[ArgumentPath]) -> list[Problem]:
                 )
             )
     return problems
+
+
+def local_file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str | None:
+    """The file system below a path if only this machine can have it; ``None`` otherwise."""
+    try:
+        lines = mounts.read_text().splitlines()
+    except OSError:
+        return None
+    kind, longest = "", 0
+    for line in lines:
+        _, place, found, *_ = line.split(" ")
+        root = Path(place.replace("\\040", " "))
+        if path.absolute().is_relative_to(root) and len(place) >= longest:
+            kind, longest = found, len(place)
+    if kind in _OF_ONE_MACHINE:
+        return kind
+    first = path.absolute().parts[1:2]
+    return "/tmp" if first == ("tmp",) else None
 
 
 def _option(dest: str) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from flagscale.launch.cluster import Cluster
+from flagscale.launch.elastic import checkpoint_layout
 from flagscale.launch.options import OptionTable
 from flagscale.launch.paths import ArgumentPath, input_paths, output_paths
 from flagscale.launch.recipe import Recipe, argument_values, dump_recipe
@@ -76,6 +77,12 @@ class LaunchPlan:
         outputs: Directories that are written to, besides the run directory.
         schedule: How the batch size rises; empty when it does not.
         size: Parameters and memory, or why they are not known.
+        checkpoint_layout: Parallel sizes and storage, as an attempt is recorded with.
+        save_dir: Where checkpoints go, absolute; ``None`` if nothing is saved.
+        loads_own_checkpoints: Whether a start goes on from what was saved there.
+        train_iters: The last iteration, where the arguments say it.
+        train_samples: The last sample, where the arguments say that.
+        error_dir: Where ranks that fail say why; ``None``: beside the logs.
     """
 
     run_dir: Path
@@ -89,6 +96,12 @@ class LaunchPlan:
     outputs: tuple[ArgumentPath, ...] = ()
     schedule: tuple[ScheduleEntry, ...] = ()
     size: ModelSize | str = "not counted"
+    checkpoint_layout: Mapping[str, Any] = field(default_factory=dict)
+    save_dir: Path | None = None
+    loads_own_checkpoints: bool = False
+    train_iters: int | None = None
+    train_samples: int | None = None
+    error_dir: Path | None = None
 
     def log_path(self, rank: int) -> Path:
         """Where a rank's output goes."""
@@ -96,7 +109,7 @@ class LaunchPlan:
 
     def error_path(self, rank: int) -> Path:
         """Where a rank that fails says why."""
-        return self.run_dir / "logs" / f"rank_{rank}.error"
+        return (self.error_dir or self.run_dir / "logs") / f"rank_{rank}.error"
 
 
 def plan_node(
@@ -110,6 +123,7 @@ def plan_node(
     python: str,
     environ: Mapping[str, str],
     cpu_count: int,
+    error_dir: Path | None = None,
 ) -> LaunchPlan:
     """Plan the processes of one machine of a job.
 
@@ -123,6 +137,7 @@ def plan_node(
         python: The interpreter of the processes.
         environ: The environment they inherit.
         cpu_count: Cores that this machine's processes share.
+        error_dir: Where ranks that fail say why; beside the logs by default.
 
     Raises:
         ConfigError: Model, batch and processes do not fit together.
@@ -134,8 +149,11 @@ def plan_node(
     schedule = parse_schedule(values["step_batch_size_schedule"] or "")
     if schedule:
         batch = replace(batch, global_batch_size=schedule[-1].batch_size)
-    threads = environ.get("OMP_NUM_THREADS") or str(max(1, cpu_count // cluster.nproc))
-    env = {
+    # What the user has set stands over the recipe.
+    given = {**recipe.settings.env, **{name: value for name, value in environ.items() if value}}
+    threads = given.get("OMP_NUM_THREADS") or str(max(1, cpu_count // cluster.nproc))
+    env = {name: given[name] for name in recipe.settings.env}
+    env |= {
         "WORLD_SIZE": str(cluster.world_size),
         "LOCAL_WORLD_SIZE": str(cluster.nproc),
         "MASTER_ADDR": cluster.hosts[0] if cluster.hosts else "127.0.0.1",
@@ -143,7 +161,7 @@ def plan_node(
         # Every process would take all cores otherwise.
         "OMP_NUM_THREADS": threads,
         # Upstream relies on the order in which kernels were queued; FSDP needs another value.
-        "CUDA_DEVICE_MAX_CONNECTIONS": environ.get("CUDA_DEVICE_MAX_CONNECTIONS") or "1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": given.get("CUDA_DEVICE_MAX_CONNECTIONS") or "1",
         "PYTHONUNBUFFERED": "1",
         "FLAGSCALE_RUN_DIR": str(run_dir),
     }
@@ -151,7 +169,7 @@ def plan_node(
     workers = []
     for local_rank in range(cluster.nproc):
         rank = node_rank * cluster.nproc + local_rank
-        error_file = str(run_dir / "logs" / f"rank_{rank}.error")
+        error_file = str((error_dir or run_dir / "logs") / f"rank_{rank}.error")
         own = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "FLAGSCALE_ERROR_FILE": error_file}
         workers.append(Worker(rank, argv, env | own))
     return LaunchPlan(
@@ -166,6 +184,12 @@ def plan_node(
         outputs=tuple(output_paths(values)),
         schedule=schedule,
         size=_model_size(values, layout, batch),
+        checkpoint_layout=checkpoint_layout(layout, values),
+        save_dir=Path(values["save"]).absolute() if values["save"] else None,
+        loads_own_checkpoints=bool(values["save"]) and values["load"] == values["save"],
+        train_iters=values["train_iters"],
+        train_samples=values["train_samples"],
+        error_dir=error_dir,
     )
 
 
@@ -233,7 +257,7 @@ def _batch_lines(plan: LaunchPlan) -> list[str]:
 def _size_lines(size: ModelSize | str) -> list[str]:
     if isinstance(size, str):
         return [f"parameters        not counted: {size}"]
-    terms = [field.name for field in fields(MemoryTerms)]
+    terms = [term.name for term in fields(MemoryTerms)]
     attention = "flash attention" if size.flash_attention else "stored attention scores"
     large = max(memory.total for memory in size.memory) >= 2**30
     unit, unit_bytes = ("GiB", 2**30) if large else ("MiB", 2**20)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import yaml
 
 from flagscale.errors import ConfigError
 from flagscale.launch.options import Option, OptionTable
+from flagscale.launch.settings import SETTINGS, Settings, dump_settings, read_setting
 from flagscale.layout.parameters import aquila_ffn_hidden_size
 from flagscale.layout.ramp import Ramp, format_schedule
 
@@ -136,6 +137,7 @@ class Recipe:
         rules: What is computed from them.
         nodes: Machines it is meant for; ``None`` is this one.
         nproc: Processes a machine, one a device; ``None`` leaves it to the command line.
+        settings: How the job is run.
     """
 
     name: str
@@ -143,6 +145,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     nodes: int | None = None
     nproc: int | None = None
+    settings: Settings = field(default_factory=Settings)
 
     @property
     def argv(self) -> list[str]:
@@ -181,6 +184,7 @@ def read_recipe(path: Path, options: OptionTable) -> Recipe:
         )
     name = path.stem
     sizes: dict[str, int] = {}
+    settings: dict[str, Any] = {}
     found: dict[str, Entry | Rule] = {}
     for section, key, node in _leaves(path, root):
         where = _where(path, key)
@@ -190,6 +194,10 @@ def read_recipe(path: Path, options: OptionTable) -> Recipe:
             continue
         if section == LAYER_SECTION and key.value in ("nodes", "nproc"):
             sizes[key.value] = int(_number(node, key.value, where))
+            continue
+        setting = key.value.replace("-", "_")
+        if section == LAYER_SECTION and setting in SETTINGS:
+            settings[setting] = read_setting(setting, node, where, lambda node: _where(path, node))
             continue
         if section == LAYER_SECTION and key.value in _RULES:
             option = options.find(_RULES[key.value].sets, where)
@@ -207,7 +215,7 @@ def read_recipe(path: Path, options: OptionTable) -> Recipe:
             )
     entries = tuple(item for item in found.values() if isinstance(item, Entry))
     rules = tuple(item for item in found.values() if isinstance(item, Rule))
-    return Recipe(name, entries, rules, **sizes)
+    return Recipe(name, entries, rules, **sizes, settings=Settings(**settings))
 
 
 def resolve_recipe(
@@ -216,6 +224,7 @@ def resolve_recipe(
     overrides: Sequence[str],
     output_dir: Path,
     data_dir: Path | None = None,
+    defaults: Mapping[str, str | None] | None = None,
 ) -> Recipe:
     """The recipe as it will run: directories filled in, the command line's options in their place.
 
@@ -228,14 +237,17 @@ def resolve_recipe(
         overrides: Words of Megatron's command line.
         output_dir: Replaces ``{output_dir}``; checkpoints and TensorBoard go below it by default.
         data_dir: Replaces ``{data_dir}``.
+        defaults: What else is set unless the recipe or the command line speaks of it; ``None`` is
+            a flag.
 
     Raises:
         ConfigError: An override is wrong, or a recipe needs a data directory and has none.
     """
     entries = {entry.option.dest: entry for entry in recipe.entries}
-    for name, value in _RUN_DEFAULTS.items():
+    for name, value in {**_RUN_DEFAULTS, **(defaults or {})}.items():
         option = options.find(name, "defaults")
-        entries.setdefault(option.dest, Entry(option, (value,), LAYER_SECTION, "defaults"))
+        words = () if value is None else (value,)
+        entries.setdefault(option.dest, Entry(option, words, LAYER_SECTION, "defaults"))
     for entry in _read_overrides(overrides, options):
         replaced = entries.get(entry.option.dest)
         section = replaced.section if replaced else OVERRIDE_SECTION
@@ -282,6 +294,7 @@ def dump_recipe(recipe: Recipe) -> str:
     sections: dict[str, dict[str, Any]] = {LAYER_SECTION: {"name": recipe.name}}
     cluster = {"nodes": recipe.nodes, "nproc": recipe.nproc}
     sections[LAYER_SECTION] |= {key: size for key, size in cluster.items() if size is not None}
+    sections[LAYER_SECTION] |= dump_settings(recipe.settings)
     for entry in recipe.entries:
         key = entry.option.name.removeprefix("--")
         sections.setdefault(entry.section, {})[key] = _yaml_value(entry)

@@ -1,8 +1,9 @@
-"""Slurm: submit a job, start its ranks from inside it, and become one of them.
+"""Slurm: submit a job, and become one of its ranks.
 
 The same launcher runs three times: outside of any job it submits a script that runs it; in the
-job's script it runs itself once a rank, through srun; in each of those it turns into the training
-process. Which of the three it is, :mod:`flagscale.launch.start` tells.
+job's script (:mod:`flagscale.launch.job`) it runs itself once a rank, through srun; in each of
+those it turns into the training process. Which of the three it is, :mod:`flagscale.launch.start`
+tells.
 """
 
 from __future__ import annotations
@@ -11,30 +12,42 @@ import os
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import TextIO
+from typing import Final, TextIO
 
 from flagscale.errors import ConfigError
 from flagscale.launch.cluster import Cluster, expand_nodelist, slurm_port
-from flagscale.launch.local import FORWARDED, first_error, log_header, verify_paths, write_run_dir
+from flagscale.launch.elastic import NodeRange
+from flagscale.launch.local import log_header, verify_paths, write_run_dir
+from flagscale.launch.ownership import (
+    refuse_second_job,
+    slurm_holder,
+    take_finished,
+    verify_lock,
+)
+from flagscale.launch.paths import local_file_system
 from flagscale.launch.plan import LaunchPlan, Worker
+from flagscale.launch.queue import submit
 from flagscale.layout.parallel import raise_problems
 
 __all__ = [
+    "SIGNAL_SECONDS",
     "Submission",
     "allocated_cluster",
-    "execute_step",
     "execute_submission",
     "execute_task",
     "plan_step",
     "plan_submission",
+    "require_address",
+    "task_command",
     "worker_of_task",
 ]
+
+SIGNAL_SECONDS: Final = 120
+"""Before the time limit, the ranks get the signal on which they save and end."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,7 @@ def allocated_cluster(environ: Mapping[str, str], nproc: int | None) -> Cluster:
         # A step may have fewer nodes than the job.
         hosts = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
         job_id = int(environ["SLURM_JOB_ID"])
+        restart = int(environ.get("SLURM_RESTART_COUNT") or 0)
         tasks = int(environ.get("SLURM_NTASKS_PER_NODE") or nproc or 1)
     except (KeyError, ValueError) as error:
         raise ConfigError(
@@ -77,7 +91,7 @@ def allocated_cluster(environ: Mapping[str, str], nproc: int | None) -> Cluster:
             got=error,
         ) from error
     names = expand_nodelist(hosts)
-    return Cluster(len(names), tasks, names, slurm_port(job_id))
+    return Cluster(len(names), tasks, names, slurm_port(job_id, restart))
 
 
 def plan_submission(
@@ -89,6 +103,8 @@ def plan_submission(
     work_dir: Path,
     sbatch_options: Sequence[str],
     gpus: bool,
+    nodes: NodeRange | None = None,
+    exit_signal: str = "SIGUSR1",
 ) -> Submission:
     """The script to submit, and the command that does it.
 
@@ -103,18 +119,23 @@ def plan_submission(
         work_dir: Where the launcher was started.
         sbatch_options: Over those of the script and of SBATCH_* variables.
         gpus: Whether to ask for as many GPUs as processes.
+        nodes: How many machines to ask for, if not exactly those.
+        exit_signal: On which the ranks save and end.
     """
-    launcher = [python, "-m", "flagscale.launch", str(run_dir / "recipe.resolved.yaml")]
-    launcher += ["--nodes", str(cluster.nodes), "--nproc", str(cluster.nproc)]
-    launcher += ["--output-dir", str(run_dir)]
+    launcher = task_command(
+        python, run_dir / "recipe.resolved.yaml", cluster.nodes, cluster.nproc, run_dir
+    )
     options = [
         f"--job-name={name}",
-        f"--nodes={cluster.nodes}",
+        f"--nodes={nodes or cluster.nodes}",
         f"--ntasks-per-node={cluster.nproc}",
         *([f"--gpus-per-node={cluster.nproc}"] if gpus else []),
         "--exclusive",
         f"--output={run_dir}/logs/slurm_%j.log",
         "--open-mode=append",  # a job that is queued again goes on in its log
+        "--requeue",  # when a machine is lost
+        # To the ranks, not to this script.
+        f"--signal={exit_signal.removeprefix('SIG')}@{SIGNAL_SECONDS}",
     ]
     lines = [
         "#!/usr/bin/env bash",
@@ -125,20 +146,47 @@ def plan_submission(
         "",
     ]
     path = run_dir / "job.sh"
-    command = ("sbatch", *sbatch_options, str(path))
+    command = ("sbatch", "--parsable", *sbatch_options, str(path))
     return Submission(command, tuple(launcher), path, "\n".join(lines))
 
 
-def plan_step(launcher: Sequence[str], run_dir: Path, cluster: Cluster) -> tuple[str, ...]:
-    """The srun command that runs the launcher once a rank."""
+def task_command(
+    python: str, recipe: Path, nodes: int, nproc: int, run_dir: Path
+) -> tuple[str, ...]:
+    """The launcher's command line inside of a job."""
+    words = (python, "-m", "flagscale.launch", str(recipe), "--nodes", str(nodes))
+    return (*words, "--nproc", str(nproc), "--output-dir", str(run_dir))
+
+
+def plan_step(
+    launcher: Sequence[str],
+    run_dir: Path,
+    nodes: int,
+    nproc: int,
+    *,
+    hosts: Sequence[str] = (),
+    options: Sequence[str] = (),
+) -> tuple[str, ...]:
+    """The srun command that runs the launcher once a rank.
+
+    Args:
+        launcher: Its command line.
+        run_dir: The run directory.
+        nodes: Machines.
+        nproc: Ranks a machine.
+        hosts: Which machines; empty for all of the job's.
+        options: Further ones for srun.
+    """
     return (
         "srun",
-        f"--nodes={cluster.nodes}",
-        f"--ntasks={cluster.world_size}",
-        f"--ntasks-per-node={cluster.nproc}",
+        f"--nodes={nodes}",
+        *([f"--nodelist={','.join(hosts)}"] if hosts else []),
+        f"--ntasks={nodes * nproc}",
+        f"--ntasks-per-node={nproc}",
         "--distribution=block",  # ranks in order of the machines, as the layout has it
         "--cpu-bind=none",  # data loaders and libraries have threads of their own
         "--kill-on-bad-exit=1",
+        *options,
         f"--output={run_dir}/logs/rank_%t.log",
         "--open-mode=append",
         *launcher,
@@ -165,48 +213,47 @@ def worker_of_task(plan: LaunchPlan, environ: Mapping[str, str]) -> Worker:
     )
 
 
-def execute_submission(submission: Submission, plan: LaunchPlan) -> int:
-    """Submit; sbatch's exit code.
+def execute_submission(
+    submission: Submission, plan: LaunchPlan, console: TextIO | None = None
+) -> int:
+    """Submit, unless there is nothing left to train; the exit code.
 
     Raises:
-        ConfigError: A path is missing or cannot be written; nothing was submitted.
+        ConfigError: A path is missing or cannot be written, another job works in the run directory,
+            or Slurm does not take the job; nothing was submitted.
     """
+    console = console or sys.stdout
     raise_problems(verify_paths(plan))
+    _refuse_second_submission(plan.run_dir)
+    if take_finished(plan.run_dir, plan, console.write):
+        return 0
+    for path in filter(None, (plan.run_dir, plan.save_dir)):
+        if (kind := local_file_system(path)) is not None:
+            console.write(f"warning: {path} is on {kind}, which other machines may not see\n")
     write_run_dir(plan)  # logs/ too: without it the job would fail, and leave no word of why
     submission.path.write_text(submission.script)
-    return subprocess.run(submission.command, check=False).returncode
+    job_id, _ = submit(submission.command)
+    # The job takes the lock too; whoever comes first, both write the same.
+    refuse_second_job(plan.run_dir, slurm_holder(job_id))
+    console.write(
+        f"Submitted batch job {job_id}\n"
+        f"its log: {plan.run_dir}/logs/slurm_{job_id}.log\n"
+        f"where it is: python -m flagscale.launch status {shlex.quote(str(plan.run_dir))}\n"
+    )
+    return 0
 
 
-def execute_step(
-    command: Sequence[str], plan: LaunchPlan, cluster: Cluster, console: TextIO = sys.stdout
-) -> int:
-    """Run srun to its end, hand signals on to it, and say why a rank failed; the exit code.
-
-    Raises:
-        ConfigError: A path is missing or cannot be written, or a machine's name is unknown; nothing
-            was started.
-    """
-    raise_problems(verify_paths(plan))
-    _require_address(cluster.hosts[0])
-    write_run_dir(plan)
-    try:
-        srun = subprocess.Popen(command)
-    except OSError as error:
-        raise ConfigError("srun cannot be started", where=command[0], got=error) from error
-
-    def forward(signum: int, _frame: FrameType | None) -> None:
-        srun.send_signal(signum)
-
-    previous = {signum: signal.signal(signum, forward) for signum in FORWARDED}
-    try:
-        code = srun.wait()
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-    if code and (record := first_error(plan.run_dir)):
-        rank, message = record["rank"], record["message"]
-        console.write(f"\nrank {rank} failed first; its log: {plan.log_path(rank)}\n{message}\n")
-    return code if code >= 0 else 128 - code
+def _refuse_second_submission(run_dir: Path) -> None:
+    holder = verify_lock(run_dir)
+    if holder is not None:
+        raise ConfigError(
+            f"{holder} works in this run directory, or may",
+            where=str(run_dir),
+            expected="one job in a run directory",
+            got=str(holder),
+            cure="wait for its end, end it (scancel), or choose another --output-dir; where nobody "
+            "can be asked about it and it is gone for certain, delete lock.json there",
+        )
 
 
 def execute_task(worker: Worker, environ: Mapping[str, str], console: TextIO = sys.stdout) -> None:
@@ -215,6 +262,10 @@ def execute_task(worker: Worker, environ: Mapping[str, str], console: TextIO = s
     Raises:
         ConfigError: The program cannot be started.
     """
+    exit_signal = _exit_signal(worker.argv)
+    if exit_signal is not None:
+        # One that comes before the training process listens is kept for it: it lets it in then.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {exit_signal})
     console.write(log_header(worker, environ.get("SLURM_RESTART_COUNT", "0")))
     console.flush()
     try:
@@ -225,8 +276,12 @@ def execute_task(worker: Worker, environ: Mapping[str, str], console: TextIO = s
         ) from error
 
 
-def _require_address(host: str) -> None:
-    """A name that does not resolve would let the rendezvous wait silently until the time limit."""
+def require_address(host: str) -> None:
+    """Look up the first machine.
+
+    Raises:
+        ConfigError: It has no address: the rendezvous would wait silently until the time limit.
+    """
     try:
         socket.getaddrinfo(host, None)
     except OSError as error:
@@ -236,3 +291,12 @@ def _require_address(host: str) -> None:
             got=f"{host}: {error}",
             cure="getent hosts NAME must answer on every machine: repair its name service",
         ) from error
+
+
+def _exit_signal(argv: Sequence[str]) -> signal.Signals | None:
+    """The signal on which Megatron saves and ends; ``None`` if it does on none."""
+    if "--exit-signal-handler" not in argv:
+        return None
+    words = [*argv]
+    name = words[words.index("--exit-signal") + 1] if "--exit-signal" in words else "SIGTERM"
+    return signal.Signals[name]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
-import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from flagscale.errors import ConfigError
 from flagscale.launch import slurm
 from flagscale.launch.cluster import Cluster, expand_nodelist, node_rank_of, slurm_port
 from flagscale.launch.options import OptionTable, known_options
+from flagscale.launch.ownership import cluster_name
 from flagscale.launch.recipe import read_recipe
 from flagscale.launch.start import (
     Machine,
@@ -31,6 +29,8 @@ from flagscale.launch.start import (
     execute_start,
     plan_start,
 )
+from flagscale.runs.finished import write_finished
+from flagscale.runs.lock import read_holder
 
 AQUILA = Path(__file__).parents[2] / "examples" / "aquila"
 JOB = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "gpu[001-064]", "SLURM_JOB_NUM_NODES": "64"}
@@ -106,7 +106,7 @@ def test_nodes_on_the_command_line_ask_slurm_for_them(options: OptionTable) -> N
     planned = start(options, "tiny", has_slurm=True, nodes=2, nproc=2, sbatch=("--partition=p",))
     assert planned.way is Way.SUBMIT
     assert planned.submission is not None
-    assert planned.submission.command == ("sbatch", "--partition=p", "/run/job.sh")
+    assert planned.submission.command == ("sbatch", "--parsable", "--partition=p", "/run/job.sh")
     assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=2\n" in planned.submission.script
     assert "--sbatch=--partition=p" in planned.plan.command
 
@@ -126,6 +126,8 @@ def test_the_job_runs_the_resolved_recipe(options: OptionTable) -> None:
         "#SBATCH --exclusive\n"
         "#SBATCH --output=/run/logs/slurm_%j.log\n"
         "#SBATCH --open-mode=append\n"
+        "#SBATCH --requeue\n"
+        "#SBATCH --signal=USR1@120\n"
         "set -euo pipefail\n"
         "cd '/work dir'\n"
         "exec /bin/python -m flagscale.launch /run/recipe.resolved.yaml --nodes 64 --nproc 8 "
@@ -133,7 +135,8 @@ def test_the_job_runs_the_resolved_recipe(options: OptionTable) -> None:
     )
     assert "lr: 1e-5" in planned.plan.resolved_recipe
     assert planned.step[:4] == ("srun", "--nodes=64", "--ntasks=512", "--ntasks-per-node=8")
-    assert planned.step[-8:] == planned.submission.launcher[-8:]
+    assert planned.step[-10:-7] == ("/bin/python", "-m", "flagscale.launch")
+    assert planned.step[-7] == "/run/attempts/NUMBER/recipe.yaml"
 
 
 @pytest.mark.parametrize("words", [(), ("--platform", "cpu")])
@@ -148,7 +151,9 @@ def test_inside_an_allocation_srun_starts_the_launcher_again(options: OptionTabl
     planned = start(options, environ=JOB)
     assert planned.cluster == Cluster(64, 8, planned.cluster.hosts, slurm_port(77))
     assert planned.cluster.hosts[0] == "gpu001"
-    assert planned.step[-len(planned.plan.command) :] == planned.plan.command
+    assert planned.step[-6:] == planned.plan.command[-6:]
+    assert planned.job is not None
+    assert planned.job.hosts == planned.cluster.hosts
     assert {"--kill-on-bad-exit=1", "--distribution=block"} < set(planned.step)
     assert "--output=/run/logs/rank_%t.log" in planned.step
 
@@ -277,54 +282,87 @@ def test_a_missing_path_is_told_before_the_queue_is_paid_for(
     assert not run_dir.exists()
 
 
-def test_submitting(options: OptionTable, tmp_path: Path) -> None:
-    planned = with_paths(start(options, has_slurm=True, output_dir=tmp_path / "run"))
+@pytest.fixture
+def bin_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Stand-ins for Slurm's programs: they are first on the path, and know of no job."""
+    directory = tmp_path / "bin"
+    directory.mkdir()
+    program(
+        directory / "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+    )
+    program(directory / "scontrol", "echo 'ClusterName = test'")
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+    cluster_name.cache_clear()
+    yield directory
+    cluster_name.cache_clear()
+
+
+def submission(options: OptionTable, tmp_path: Path) -> Start:
+    return with_paths(start(options, has_slurm=True, output_dir=tmp_path / "run"))
+
+
+def test_submitting(
+    options: OptionTable, tmp_path: Path, bin_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program(bin_dir / "sbatch", f'printf "%s\\n" "$@" > {tmp_path}/submitted; echo 12')
+    planned = submission(options, tmp_path)
     assert planned.submission is not None
-    sbatch = program(tmp_path / "sbatch", f'printf "%s\\n" "$@" > {tmp_path}/submitted; exit 3')
-    command = (sbatch, *planned.submission.command[1:])
-    planned = replace(planned, submission=replace(planned.submission, command=command))
-    assert execute_start(planned, {}) == 3
-    script = Path((tmp_path / "submitted").read_text().strip())
-    assert script == tmp_path / "run" / "job.sh"
-    assert script.read_text() == planned.submission.script
+    assert execute_start(planned, {}) == 0
+    assert "Submitted batch job 12\n" in capsys.readouterr().out
+    *_, script = (tmp_path / "submitted").read_text().splitlines()
+    assert script == str(tmp_path / "run" / "job.sh")
+    assert Path(script).read_text() == planned.submission.script
     subprocess.run(["bash", "-n", script], check=True)
     assert (tmp_path / "run" / "logs").is_dir()
     assert read_recipe(tmp_path / "run" / "recipe.resolved.yaml", options).nodes == 64
+    assert str(read_holder(tmp_path / "run")) == "Slurm job 12 of cluster test"
 
 
-def test_a_step_ends_with_the_reason_of_its_first_failure(
-    options: OptionTable, tmp_path: Path
+def test_what_slurm_refuses_is_told_in_its_words(
+    options: OptionTable, tmp_path: Path, bin_dir: Path
 ) -> None:
-    planned = with_paths(start(options, environ=JOB, output_dir=tmp_path))
-    records = [
-        {"rank": 5, "time": 2.0, "message": "gone"},
-        {"rank": 9, "time": 1.0, "message": "why"},
-    ]
-    lines = [
-        f"echo '{json.dumps(record)}' > {tmp_path}/logs/rank_{record['rank']}.error"
-        for record in records
-    ]
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "rank_1.error").write_text('{"rank": 1, "time": 0, "message": "old"}')
-    srun = program(tmp_path / "srun", "\n".join([*lines, "exit 7"]))
-    cluster = replace(planned.cluster, hosts=("localhost",))
-    console = io.StringIO()
-    assert slurm.execute_step([srun], planned.plan, cluster, console) == 7
-    assert console.getvalue().startswith("\nrank 9 failed first; its log: ")
-    assert console.getvalue().endswith("rank_9.log\nwhy\n")
+    program(bin_dir / "sbatch", "echo 'sbatch: error: invalid partition specified: x' >&2; exit 1")
+    with pytest.raises(ConfigError, match=r"(?s)does not take .*got: +invalid partition specified"):
+        execute_start(submission(options, tmp_path), {})
+    assert read_holder(tmp_path / "run") is None
 
 
-def test_a_first_machine_without_an_address_is_told(
-    options: OptionTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("answer", "refused"), [("echo RUNNING", True), ("echo CANCELLED", False), ("exit 1", True)]
+)
+def test_a_second_job_is_refused_on_evidence(
+    options: OptionTable, tmp_path: Path, bin_dir: Path, answer: str, refused: bool
 ) -> None:
-    def unknown(*_: object) -> None:
-        raise socket.gaierror("Name or service not known")
+    program(bin_dir / "sbatch", "echo 12")
+    assert execute_start(submission(options, tmp_path), {}) == 0
+    program(bin_dir / "squeue", answer)
+    program(bin_dir / "sbatch", "echo 13")
+    if refused:
+        with pytest.raises(ConfigError, match="Slurm job 12"):
+            execute_start(submission(options, tmp_path), {})
+    else:
+        assert execute_start(submission(options, tmp_path), {}) == 0
+    assert str(read_holder(tmp_path / "run")).startswith(f"Slurm job {12 if refused else 13} ")
 
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    planned = with_paths(start(options, environ=JOB, output_dir=tmp_path / "run"))
-    with pytest.raises(ConfigError, match=r"(?s)no address.*gpu001"):
-        execute_start(planned, JOB)
-    assert not (tmp_path / "run").exists()
+
+def test_a_finished_run_is_not_submitted(
+    options: OptionTable, tmp_path: Path, bin_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program(bin_dir / "sbatch", "echo 12")
+    planned = submission(options, tmp_path)
+    planned = replace(planned, plan=replace(planned.plan, train_samples=None, train_iters=9))
+    run_dir, save_dir = tmp_path / "run", planned.plan.save_dir
+    assert save_dir is not None
+    (save_dir / "iter_0000009").mkdir(parents=True)
+    (save_dir / "latest_checkpointed_iteration.txt").write_text("9")
+    write_finished(run_dir, iteration=9, train_iters=9, consumed_samples=9)
+    assert execute_start(planned, {}) == 0
+    assert "training is over, at iteration 9 of 9" in capsys.readouterr().out
+    assert read_holder(run_dir) is None
+    longer = replace(planned, plan=replace(planned.plan, train_iters=10))
+    assert execute_start(longer, {}) == 0
+    assert not (run_dir / "finished.json").exists()
+    assert "finished.json says iteration 9, and --train-iters is now 10" in capsys.readouterr().out
 
 
 def test_a_task_becomes_the_training_process(options: OptionTable) -> None:
@@ -357,8 +395,9 @@ def test_the_description_has_all_of_it(options: OptionTable) -> None:
         "504-511        0-3        0    30-31        3",
         "MASTER_ADDR=FIRST-NODE-OF-THE-JOB",
         "way: a job is submitted to Slurm",
-        "to submit the job: sbatch /run/job.sh",
+        "to submit the job: sbatch --parsable /run/job.sh",
         "  #SBATCH --nodes=64",
         "in the job, once a rank\n  srun ",
+        "first the health check",
     ):
         assert piece in text
