@@ -176,12 +176,14 @@ class Recovery:
         resume: The iteration upstream will load then; 0 for a release; ``None`` if there is
             nothing, or nothing that can be trusted.
         lines: All that is done, and what is only noted, in one line each.
+        problem: Why there is nothing to go on from although there should be; nothing is done then.
     """
 
     set_aside: tuple[int, ...] = ()
     tracker: str | None = None
     resume: int | None = None
     lines: tuple[str, ...] = ()
+    problem: str | None = None
 
     @property
     def is_needed(self) -> bool:
@@ -253,9 +255,10 @@ def plan_recovery(found: SaveDirectory) -> Recovery:
     newest = next((s for s in left if s.marked), None)
     resume = _sound(found, [s.iteration for s in left])
     tracker = None
+    if newest is None and resume is None and first_marked is not None:
+        why = ", ".join(f"{saved.iteration}: {saved.problem}" for saved in half_written)
+        return Recovery(problem=f"of the checkpoints saved before, none is whole (iteration {why})")
     if newest is None:
-        if found.tracker is not None and resume is None:
-            lines.append("no checkpoint is whole")
         return Recovery(aside, None, resume, tuple(lines))
     if resume is None:
         was = {None: "there was no tracker", "": "the tracker was empty"}.get(
@@ -309,9 +312,16 @@ def recover(save_dir: Path) -> Recovery:
         What was done.
 
     Raises:
-        CheckpointError: The disk refuses.
+        CheckpointError: The disk refuses, or there are checkpoints and none is whole.
     """
     recovery = plan_recovery(read_save_directory(save_dir))
+    if recovery.problem is not None:
+        raise CheckpointError(
+            recovery.problem,
+            where=str(save_dir),
+            cure=f"bring back what is missing, or delete a {MARKER} to load what there is; use "
+            "another directory to begin anew",
+        )
     execute_recovery(save_dir, recovery)
     return recovery
 

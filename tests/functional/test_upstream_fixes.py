@@ -6,6 +6,7 @@ turns red, upstream has repaired it and the patch can go.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import warnings
@@ -23,7 +24,7 @@ from harness.families import megatron_arguments
 
 from flagscale.patches import mla_local
 from flagscale.patches.fused_adam import FusedAdam
-from flagscale.runs.complete import BEGUN_MARKER
+from flagscale.runs.complete import BEGUN_MARKER, MARKER
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -289,7 +290,7 @@ def test_rampup_batch_size(corpus: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def saved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A legacy checkpoint of one rank, two iterations into a run of four."""
+    """A legacy checkpoint of one rank, two iterations into a run of four; without a marker."""
     work = tmp_path_factory.mktemp("legacy")
     argv = model_argv(
         corpus,
@@ -299,9 +300,26 @@ def saved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_interval=100,
         ckpt_format="torch",
     )
-    train(argv, work / "logs").require_success()
+    train(argv, work / "logs", environ=_without("tracker")).require_success()
     assert (work / "checkpoints" / BEGUN_MARKER).exists()
     return work / "checkpoints"
+
+
+def test_tracker(corpus: Path, tmp_path: Path) -> None:
+    def run(name: str, environ: dict[str, str] | None = None) -> str:
+        """What another name of the tracker file holds after a save."""
+        directory = tmp_path / name
+        directory.mkdir()
+        (directory / "old").write_text("0")
+        os.link(directory / "old", directory / _TRACKER)
+        argv = model_argv(corpus, train_iters=1, save=directory, save_interval=1)
+        train(argv, tmp_path / f"{name}.log", environ=environ).require_success()
+        assert (directory / _TRACKER).read_text() == "1"
+        assert (directory / "iter_0000001" / MARKER).exists() == (environ is None)
+        return (directory / "old").read_text()
+
+    assert run("off", _without("tracker")) == "1"  # written in its place
+    assert run("on") == "0"
 
 
 def test_help(tmp_path: Path) -> None:

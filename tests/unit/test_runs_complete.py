@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flagscale.ckpt_io.location import TRACKER
@@ -155,6 +155,13 @@ def test_nothing_is_guessed_without_a_marker(tmp_path: Path) -> None:
     assert names(tmp_path) == ["iter_0000008"]
 
 
+def test_what_was_saved_is_not_given_up_in_silence(tmp_path: Path) -> None:
+    (save(tmp_path, 8) / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match=r"none is whole \(iteration 8: .metadata is missing"):
+        recover(tmp_path)
+    assert names(tmp_path) == ["iter_0000008"]
+
+
 def test_there_is_nothing_yet(tmp_path: Path) -> None:
     assert not recover(tmp_path / "missing").is_needed
     assert newest_complete(tmp_path) is None
@@ -190,13 +197,12 @@ def test_a_recovery_is_safe_and_enough(
     found = SaveDirectory(
         tuple(sorted(iterations, key=lambda saved: -saved.iteration)), tracker, tracker_time, begun
     )
-    # A whole save that is damaged before its tracker is written is more than one accident.
-    assume(begun or tracker is not None or all(s.problem != "damaged" for s in iterations))
     recovery = plan_recovery(found)
     whole = {saved.iteration for saved in iterations if saved.problem is None}
     marked = [saved.iteration for saved in iterations if saved.marked]
     assert not whole & set(recovery.set_aside)
     assert len(recovery.lines) >= len(recovery.set_aside)
+    assert (recovery.problem is None) or not (whole or recovery.is_needed)
     if recovery.tracker is not None:
         assert int(recovery.tracker) in whole
     if whole:
