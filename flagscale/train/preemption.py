@@ -41,6 +41,8 @@ def remember(argv: Sequence[str]) -> None:
     if signum is not None and _HEARD.signum is None:
         _HEARD.signum = signum
         signal.signal(signum, _receive)
+        # The launcher of a Slurm task holds it back until somebody listens.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signum})
 
 
 def _exit_signal(argv: Sequence[str]) -> int | None:
