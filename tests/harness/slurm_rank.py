@@ -128,9 +128,19 @@ def _connect(hooks: Any, _args: Any) -> None:
         if any(fault.iteration == event.iteration for fault in doomed):
             _die_at_the_next_file()
 
+    hooks.on_train_start.append(_spare_a_process)
     hooks.on_step_end.append(step)
     if doomed:
         hooks.on_save_start.append(save)
+
+
+def _spare_a_process(_event: Any) -> None:
+    """Make what upstream makes for the first save in a spawned process, which imports all anew."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import (
+        get_write_results_queue,
+    )
+
+    get_write_results_queue("fork")
 
 
 def _act(fault: Fault) -> None:
