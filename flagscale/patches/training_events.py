@@ -146,8 +146,6 @@ def _exit_reason(run: Any, iteration: int) -> ExitReason:
 def _tell_save(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def save_checkpoint_and_time(iteration: int, *args: Any, **kwargs: Any) -> Any:
-        from megatron.training import get_args
-
         # In the loop, outside both places above, only a change of the batch size saves.
         if (
             _LOOP.running
@@ -160,25 +158,12 @@ def _tell_save(original: Callable[..., Any]) -> Callable[..., Any]:
             hear_start(begin)
         start = time.perf_counter()
         result = original(iteration, *args, **kwargs)
-        _wait_for_all(run_args=get_args())
         event = SaveEvent(iteration=iteration, seconds=time.perf_counter() - start)
         for listener in HOOKS.on_save:
             listener(event)
         return result
 
     return save_checkpoint_and_time
-
-
-def _wait_for_all(run_args: Any) -> None:
-    """Until rank 0 has listed the checkpoint's files: listeners may add some of their own.
-
-    The next step would wait for it anyway. What an asynchronous save has written is listed later,
-    when all ranks have agreed on its end.
-    """
-    import torch
-
-    if not run_args.async_save and torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 _TRAINING = "megatron.training.training"

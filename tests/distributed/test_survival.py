@@ -108,7 +108,12 @@ def test_signals_are_kept_and_answered(
 
 def test_leaving_for_other_reasons(corpus: Path, tmp_path: Path) -> None:
     job = Job(corpus, tmp_path / "run", **_USR1)
-    job.start(exit_interval=1).require_success()
+    stale = job.save / "iter_0000001" / "__9_0.distcp"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    job.start(exit_interval=1, load=None).require_success()
+    assert not stale.exists()
+    assert job.saved() == ["iter_0000001", "iter_0000001.incomplete-1"]
     assert read_finished(job.directory) is None
     assert job.start(exit_duration_in_mins=-1).exit_codes == [75, 75]
     assert job.tracker == "2"
