@@ -8,7 +8,9 @@ that there is.
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,8 +43,31 @@ def remember(argv: Sequence[str]) -> None:
     if signum is not None and _HEARD.signum is None:
         _HEARD.signum = signum
         signal.signal(signum, _receive)
-        # The launcher of a Slurm task holds it back until somebody listens.
+        _listen(signum)
+
+
+def _listen(signum: int) -> None:
+    """Let the signal in, and keep it from the processes that this one starts.
+
+    Slurm sends it to all processes of a step, and a launcher to the whole group: those that help to
+    write a checkpoint would die of it just when one is to be written. They inherit what the main
+    thread blocks; so another thread has to be the one that the kernel can deliver it to.
+    """
+    if signum == signal.SIGTERM:  # by which such processes are ended, in order
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signum})
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signum})
+    listening = threading.Event()
+    threading.Thread(
+        target=_let_in, args=(signum, listening), name="exit-signal", daemon=True
+    ).start()
+    listening.wait()
+
+
+def _let_in(signum: int, listening: threading.Event) -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signum})
+    listening.set()
+    threading.Event().wait()  # for ever: Python runs handlers in the main thread
 
 
 def _exit_signal(argv: Sequence[str]) -> int | None:
@@ -76,7 +101,7 @@ def connect(hooks: Hooks, args: Namespace) -> None:
 def _hand_on(_event: TrainStart) -> None:
     if _HEARD.signum is not None and _HEARD.received:
         _HEARD.received = False
-        signal.raise_signal(signal.Signals(_HEARD.signum))  # to upstream's handler
+        os.kill(os.getpid(), _HEARD.signum)  # to upstream's handler
 
 
 def _leave(args: Namespace, event: EarlyExit) -> None:

@@ -65,7 +65,10 @@ def test_which_signal_is_listened_for(argv: list[str], expected: signal.Signals 
 def test_the_entry_listens_before_it_imports(tmp_path: Path) -> None:
     # The first slow module is replaced by one that sends the signal.
     (tmp_path / "difflib.py").write_text(
-        "import os, signal\nos.kill(os.getpid(), signal.SIGUSR1)\nraise SystemExit(42)\n"
+        "import os, signal, time\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "time.sleep(0.5)\n"
+        "raise SystemExit(42)\n"
     )
     command = [sys.executable, "-m", "flagscale.train", "--exit-signal-handler"]
     for name, code in (("SIGUSR1", 42), ("SIGTERM", -signal.SIGUSR1)):
@@ -77,6 +80,31 @@ def test_the_entry_listens_before_it_imports(tmp_path: Path) -> None:
             check=False,
         )
         assert ended.returncode == code, ended.stderr.decode()
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2"])
+def test_the_signal_is_kept_from_processes_that_help(name: str) -> None:
+    # Slurm sends it to all processes of a step.
+    script = (
+        "import os, signal, subprocess, sys, time\n"
+        "from flagscale.train import preemption\n"
+        f"preemption.remember(['--exit-signal-handler', '--exit-signal', '{name}'])\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        f"os.killpg(0, signal.{name})\n"
+        "time.sleep(0.5)\n"
+        "code = child.poll()\n"
+        "child.terminate()\n"
+        "print(code, child.wait(), preemption._HEARD.received)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        start_new_session=True,
+    )
+    assert ended.stdout == "None -15 True\n"
 
 
 def test_a_lookout_looks_now_and_then(tmp_path: Path) -> None:
