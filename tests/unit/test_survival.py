@@ -37,8 +37,10 @@ class Clock:
 def fresh() -> Iterator[None]:
     """A process that has heard nothing yet, with its handlers put back afterwards."""
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR1)}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     importlib.reload(preemption)
     yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     for signum, handler in before.items():
         signal.signal(signum, handler)
 
