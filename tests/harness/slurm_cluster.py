@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from harness import free_port
@@ -315,15 +316,22 @@ class SlurmCluster:
 
         def runs() -> bool:
             job = self.job(job_id)
-            if int(job["Restarts"]) >= restarts and job["JobState"] == "PENDING":
-                self.hurry(job_id)
+            self.hurry(job_id)
             return int(job["Restarts"]) >= restarts and job["JobState"] == "RUNNING"
 
         self.wait(runs, f"restart {restarts} of job {job_id}", timeout_s)
 
     def hurry(self, job_id: int) -> None:
-        """Let a job that was queued again start now."""
-        self.run("scontrol", "update", f"jobid={job_id}", "StartTime=now")
+        """Let a job that was queued again start soon.
+
+        Not at once: a node that has just revoked the job's credential refuses a new one made in the
+        same moment, and the job fails with "Job credential revoked".
+        """
+        job = self.job(job_id)
+        if job["JobState"] == "PENDING" and job["Restarts"] != "0":
+            queued = datetime.fromisoformat(job["SubmitTime"])  # anew, when it was queued again
+            if datetime.now() - queued > timedelta(seconds=4):
+                self.run("scontrol", "update", f"jobid={job_id}", "StartTime=now")
 
     def wait(self, condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
         """Wait for a condition; the failure names it and shows the queue."""

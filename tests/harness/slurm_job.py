@@ -67,13 +67,11 @@ class SlurmRun:
 
     # --- while it runs ----------------------------------------------------------------------------
 
-    def wait(self, condition: Callable[[], bool], what: str, timeout_s: float = 90.0) -> None:
+    def wait(self, condition: Callable[[], bool], what: str, timeout_s: float = 240.0) -> None:
         """Wait for a condition; the failure shows the logs. A job that waits is hurried on."""
 
         def holds() -> bool:
-            job = self.cluster.job(self.job_id)
-            if job["JobState"] == "PENDING" and job["Restarts"] != "0":
-                self.cluster.hurry(self.job_id)
+            self.cluster.hurry(self.job_id)
             return condition()
 
         try:
@@ -81,13 +79,13 @@ class SlurmRun:
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.tell()}") from None
 
-    def wait_end(self, timeout_s: float = 120.0) -> dict[str, str]:
+    def wait_end(self, timeout_s: float = 240.0) -> dict[str, str]:
         """Wait until the job is over; what ``scontrol show job`` says."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
         self.wait(lambda: self.cluster.state(self.job_id) in over, "end of the job", timeout_s)
         return self.cluster.job(self.job_id)
 
-    def wait_step(self, iteration: int, restart: int = 0, timeout_s: float = 90.0) -> None:
+    def wait_step(self, iteration: int, restart: int = 0, timeout_s: float = 240.0) -> None:
         """Wait until the job has done a step in one of its attempts."""
 
         def done() -> bool:
