@@ -125,10 +125,13 @@ def plan_submission(
     launcher = task_command(
         python, run_dir / "recipe.resolved.yaml", cluster.nodes, cluster.nproc, run_dir
     )
+    nodes = nodes or NodeRange(cluster.nodes, cluster.nodes)
+    # With a number of tasks, Slurm would give the least of a range of machines.
+    tasks = [f"--ntasks-per-node={cluster.nproc}"] if nodes.least == nodes.most else []
     options = [
         f"--job-name={name}",
-        f"--nodes={nodes or cluster.nodes}",
-        f"--ntasks-per-node={cluster.nproc}",
+        f"--nodes={nodes}",
+        *tasks,
         *([f"--gpus-per-node={cluster.nproc}"] if gpus else []),
         "--exclusive",
         f"--output={run_dir}/logs/slurm_%j.log",
