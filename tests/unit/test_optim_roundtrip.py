@@ -25,7 +25,7 @@ from flagscale.optim import reshard
 from flagscale.optim.carry import Request
 from flagscale.optim.opening import open_source
 
-EXAMPLES = int(os.environ.get("RESHARD_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("RESHARD_EXAMPLES", "10"))
 DP_SIZES = (1, 3, 5, 6, 8, 20, 40)
 PRECISIONS = (
     {"bf16": True},

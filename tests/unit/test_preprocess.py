@@ -140,7 +140,7 @@ def test_killed_in_the_middle_and_started_again(
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
         # Far enough in to have work to keep, far enough from the end to have work left.
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while len(list(prefix.parent.glob("out.partial/*/[0-9]*"))) < 5:
             assert process.poll() is None
             assert time.monotonic() < deadline
