@@ -165,14 +165,14 @@ def _end(patience: float, waiting: bool, place: str) -> NoReturn:
     os._exit(HUNG)
 
 
-_WAITS = re.compile(r"\b(wait|barrier|synchronize|item)\(")
+_WAITS = re.compile(r"(wait|barrier|synchronize|\.item|\.tolist|\.cpu)\(")
 """On the innermost line: calls that return when other ranks, or the device, have done something."""
 
 
 def is_waiting(frame: FrameType, others: Sequence[FrameType] = ()) -> bool:
     """Whether a thread waits for other ranks: in a collective, or for one to end.
 
-    A device that waits for other devices is waited for by ``item()`` and ``synchronize()``.
+    A device that waits for other devices is itself waited for: by ``item()``, ``synchronize()``...
 
     Args:
         frame: The innermost one of the thread.
