@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final, TextIO
+from typing import IO, Any, Final, TextIO
 
 import flagscale
 from flagscale.errors import ConfigError, FlagScaleError
@@ -390,13 +390,16 @@ class _Attempts:
             raise ConfigError("srun cannot be started", where=command[0], got=error) from error
         self._srun = srun
 
-        def read() -> None:
-            for line in srun.stderr or ():
-                self._say(line)
-                if (end := read_srun_line(line)) is not None:
-                    ends.append(end)
+        def read(stream: IO[str] | None) -> None:
+            if stream is None:
+                return
+            with stream:
+                for line in stream:
+                    self._say(line)
+                    if (end := read_srun_line(line)) is not None:
+                        ends.append(end)
 
-        reader = threading.Thread(target=read, daemon=True)
+        reader = threading.Thread(target=read, args=(srun.stderr,), daemon=True)
         reader.start()
         give_up: float | None = None
         while srun.poll() is None:

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn, TextIO
@@ -16,8 +16,10 @@ from flagscale.errors import ConfigError
 from flagscale.launch.ownership import alive
 from flagscale.launch.queue import job_state
 from flagscale.runs.attempt import PastAttempt, current, history
+from flagscale.runs.complete import MARKER, iteration_directory, newest_complete
 from flagscale.runs.finished import Finished, read_finished
 from flagscale.runs.lock import Holder, SlurmHolder, read_holder
+from flagscale.runs.records import read_record
 from flagscale.runs.status import Status, read_status, render_status
 
 __all__ = ["RunStatus", "describe_run", "main", "read_run"]
@@ -73,6 +75,12 @@ def read_run(run_dir: Path) -> RunStatus:
             got="none of them" if run_dir.is_dir() else "no such directory",
             cure="give the directory that --output-dir named (outputs/RECIPE by default)",
         )
+    if status is not None:
+        # Newer than what was logged, after the last one.
+        saved = newest_complete(run_dir / "checkpoints")
+        marker = read_record(iteration_directory(run_dir / "checkpoints", saved or 0) / MARKER)
+        if saved is not None and marker is not None:
+            status = replace(status, last_checkpoint=saved, last_checkpoint_time=marker["time"])
     queue_state = None
     if isinstance(holder, SlurmHolder):
         queue_state = job_state(holder.job_id)
