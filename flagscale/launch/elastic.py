@@ -25,8 +25,8 @@ __all__ = [
     "reshard_words",
 ]
 
-_SHAPE = ("tp", "pp", "cp", "ep", "etp", "vpp")
-"""The sizes that flat buffers depend on, besides the data-parallel one."""
+_SHAPE = ("tp", "pp", "cp", "ep", "etp", "vpp", "bucket")
+"""What flat buffers depend on, besides the data-parallel size."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,11 @@ def checkpoint_layout(layout: ParallelLayout, values: Mapping[str, Any]) -> dict
     if storage == "torch_dist":
         full = values.get("dist_ckpt_optim_fully_reshardable")
         storage += "/fully_reshardable" if full else "/dp_reshardable"
+    bucket = 0  # all in one
+    if values.get("overlap_grad_reduce"):
+        # Source: megatron-core 0.19.2, core/distributed/distributed_data_parallel.py.
+        default = max(40_000_000, 1_000_000 * layout.dp_size * layout.cp_size)
+        bucket = values.get("ddp_bucket_size") or default
     return {
         "tp": layout.tp_size,
         "pp": layout.pp_size,
@@ -109,6 +114,7 @@ def checkpoint_layout(layout: ParallelLayout, values: Mapping[str, Any]) -> dict
         "ep": layout.ep_size,
         "etp": layout.expert_tp_size,
         "vpp": layout.vpp_size or 1,
+        "bucket": bucket,
         "format": storage,
     }
 
@@ -125,9 +131,9 @@ def needs_reshard(saved: Mapping[str, Any] | None, wanted: Mapping[str, Any]) ->
     storage = saved.get("format")
     if storage == "torch_dist/fully_reshardable":
         return None  # its loader brings it to any layout
-    same_shape = all(saved.get(size, 1) == wanted[size] for size in _SHAPE)
+    same_shape = all(saved.get(size) == wanted.get(size) for size in _SHAPE)
     if storage == "torch_dist/dp_reshardable":
-        return None if same_shape else "dp_reshardable states load at their own TP and PP only"
+        return None if same_shape else "dp_reshardable states load at their own TP, PP and buckets only"
     same = same_shape and saved.get("dp") == wanted["dp"]
     return None if same else f"a checkpoint of format {storage} loads at its own layout only"
 

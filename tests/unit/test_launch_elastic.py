@@ -22,7 +22,7 @@ from flagscale.launch.options import OptionTable, known_options
 from flagscale.launch.recipe import dump_recipe, read_recipe, resolve_recipe
 from flagscale.launch.settings import LayoutChoice, Settings
 
-SIZES = {"tp": 4, "pp": 4, "dp": 8, "cp": 1, "ep": 1, "etp": 1, "vpp": 1}
+SIZES = {"tp": 4, "pp": 4, "dp": 8, "cp": 1, "ep": 1, "etp": 1, "vpp": 1, "bucket": 0}
 
 
 def at(storage: str, **sizes: int) -> dict[str, Any]:
@@ -38,6 +38,7 @@ def at(storage: str, **sizes: int) -> dict[str, Any]:
         ("torch_dist/dp_reshardable", {"tp": 8}, True),
         ("torch_dist/dp_reshardable", {"pp": 8}, True),
         ("torch_dist/dp_reshardable", {"vpp": 2}, True),
+        ("torch_dist/dp_reshardable", {"bucket": 40_000_000}, True),
         ("torch", {}, False),
         ("torch", {"dp": 2}, True),
         ("torch", {"tp": 8}, True),
