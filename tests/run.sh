@@ -54,6 +54,8 @@ for folder in tests/distributed tests/functional; do
   if [[ -d $folder ]]; then slow+=("$folder"); fi
 done
 if ((status == 0 && ${#slow[@]})); then stage slow "${slow[@]}"; fi
+# Apart, for they wait for seconds of a clock, which a machine full of other tests stretches.
+if [[ $status == 0 && -d tests/slurm ]]; then stage slurm tests/slurm; fi
 
 # Ends with the line "N passed, N failed, N skipped in S s", and fails if nothing passed.
 "$PY" - "$SECONDS" "$reports"/*.xml <<'PYTHON' || status=1

@@ -62,7 +62,7 @@ def test_an_error_of_one_rank_ends_the_job_and_the_next_one_finishes(
 def test_preempted_hung_and_killed_until_the_cap_and_then_to_the_end(
     new_run: NewRun, uninterrupted: dict[int, float], tmp_path: Path
 ) -> None:
-    run = new_run({"max_restarts": 2, "hang_minutes": 0.15}, train_iters=12, save_interval=2)
+    run = new_run({"max_restarts": 2, "hang_minutes": 0.25}, train_iters=12, save_interval=2)
     hold = tmp_path / "hold"
     faults = [
         Fault("hold", rank=1, iteration=3, file=str(hold)),
@@ -89,7 +89,8 @@ def test_preempted_hung_and_killed_until_the_cap_and_then_to_the_end(
     job = run.wait_end()
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), run.tell()
     assert losses_of(run.steps()) == uninterrupted
-    assert "iter_0000008.incomplete-1" in run.log()
+    assert "iteration 8 is not whole" in run.log()
+    assert (run.run_dir / "checkpoints/iter_0000008.incomplete-1").is_dir()
     assert " restart 1: " in run.rank_log(0)
     assert " restart 2: " in run.rank_log(1)
     status = _status(run)
