@@ -44,13 +44,13 @@ def _die(*_: object, **__: object) -> None:
 def _early_signal(_hooks: Any, _iteration: int) -> None:
     from flagscale.train import pretraining
 
-    connect = pretraining.connect
+    parse = pretraining.parse_and_validate_args  # upstream's, which listens at its end
 
-    def signal_first(*args: Any) -> None:
+    def signal_first(*args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGUSR1)
-        connect(*args)
+        return parse(*args)
 
-    pretraining.connect = signal_first
+    pretraining.parse_and_validate_args = signal_first
 
 
 def _at_step(hooks: Any, iteration: int, action: Callable[[], None]) -> None:
