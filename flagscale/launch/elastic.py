@@ -47,9 +47,13 @@ class NodeRange:
 
 
 def layout_choices(settings: Settings, nodes: int) -> tuple[LayoutChoice, ...]:
-    """The layouts a job may take, the largest first; the recipe's own is for ``nodes`` machines."""
-    own = () if any(c.nodes == nodes for c in settings.layouts) else (LayoutChoice(nodes),)
-    return tuple(sorted((*own, *settings.layouts), key=lambda choice: -choice.nodes))
+    """The layouts a job may take, the largest first; the recipe's own is for ``nodes`` machines.
+
+    Those for more are left out: whoever asks for so many machines wants no more.
+    """
+    listed = [choice for choice in settings.layouts if choice.nodes <= nodes]
+    own = [] if any(choice.nodes == nodes for choice in listed) else [LayoutChoice(nodes)]
+    return tuple(sorted((*own, *listed), key=lambda choice: -choice.nodes))
 
 
 def nodes_to_ask_for(settings: Settings, nodes: int) -> NodeRange:
@@ -133,7 +137,11 @@ def needs_reshard(saved: Mapping[str, Any] | None, wanted: Mapping[str, Any]) ->
         return None  # its loader brings it to any layout
     same_shape = all(saved.get(size) == wanted.get(size) for size in _SHAPE)
     if storage == "torch_dist/dp_reshardable":
-        return None if same_shape else "dp_reshardable states load at their own TP, PP and buckets only"
+        return (
+            None
+            if same_shape
+            else "dp_reshardable states load at their own TP, PP and buckets only"
+        )
     same = same_shape and saved.get("dp") == wanted["dp"]
     return None if same else f"a checkpoint of format {storage} loads at its own layout only"
 

@@ -233,7 +233,7 @@ def decide(
             f"{reason}; not queued again: it has been {restarts} times, and max-restarts is "
             f"{max_restarts}",
         )
-    # A pre-empted attempt has saved: storms of pre-emption are not for this limit, but for the cap.
+    # An attempt that was told to make way has saved: storms of pre-emption are not for this limit, but for the cap.
     if ending.cause is not Cause.SAVED and fruitless >= FRUITLESS_LIMIT:
         return Decision(
             Action.END,

@@ -70,7 +70,7 @@ class Settings:
         max_restarts: How often it may be queued again.
         spares: Machines to ask for beyond those that are needed.
         health_check: One of :data:`HEALTH_CHECKS`.
-        layouts: For fewer machines, besides the recipe's own.
+        layouts: For fewer machines than the recipe's own.
         container: Further options for srun, such as ``--container-image=...``.
         env: Environment of the training processes; that of the launcher goes before it.
     """

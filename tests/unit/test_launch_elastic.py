@@ -84,8 +84,9 @@ def test_the_largest_valid_layout_that_fits_is_taken(
     settings = Settings(spares=spares, layouts=tuple(LayoutChoice(size) for size in sizes))
     choices = layout_choices(settings, nodes)
     asked = nodes_to_ask_for(settings, nodes)
-    assert (asked.least, asked.most) == (min([nodes, *sizes]), max([nodes, *sizes]) + spares)
-    valid = [n for n in {nodes, *sizes} if n <= available and n not in broken]
+    usable = {nodes, *(size for size in sizes if size <= nodes)}
+    assert (asked.least, asked.most) == (min(usable), nodes + spares)
+    valid = [n for n in usable if n <= available and n not in broken]
 
     def problem_of(choice: LayoutChoice) -> str | None:
         return "no" if choice.nodes in broken else None

@@ -120,8 +120,7 @@ def test_the_job_runs_the_resolved_recipe(options: OptionTable) -> None:
     assert planned.submission.script == (
         "#!/usr/bin/env bash\n"
         "#SBATCH --job-name=34b\n"
-        "#SBATCH --nodes=64\n"
-        "#SBATCH --ntasks-per-node=8\n"
+        "#SBATCH --nodes=16-65\n"
         "#SBATCH --gpus-per-node=8\n"
         "#SBATCH --exclusive\n"
         "#SBATCH --output=/run/logs/slurm_%j.log\n"
@@ -396,7 +395,7 @@ def test_the_description_has_all_of_it(options: OptionTable) -> None:
         "MASTER_ADDR=FIRST-NODE-OF-THE-JOB",
         "way: a job is submitted to Slurm",
         "to submit the job: sbatch --parsable /run/job.sh",
-        "  #SBATCH --nodes=64",
+        "  #SBATCH --nodes=16-65",
         "in the job, once a rank\n  srun ",
         "first the health check",
     ):

@@ -302,6 +302,7 @@ ADDED = {
     *("--data-path", "--eval-interval", "--tokenizer-type", "--tokenizer-model", "--optimizer"),
     *("--ckpt-format", "--log-interval", "--save", "--load", "--tensorboard-dir"),
     "--step-batch-size-schedule",  # tests/unit/test_ramp.py
+    "--hang-minutes",
 }
 
 
