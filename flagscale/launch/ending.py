@@ -233,7 +233,7 @@ def decide(
             f"{reason}; not queued again: it has been {restarts} times, and max-restarts is "
             f"{max_restarts}",
         )
-    # An attempt that was told to make way has saved: storms of pre-emption are not for this limit, but for the cap.
+    # What was told to make way has saved: a storm of that is for the cap alone.
     if ending.cause is not Cause.SAVED and fruitless >= FRUITLESS_LIMIT:
         return Decision(
             Action.END,
