@@ -230,8 +230,7 @@ def decide(
         return Decision(
             Action.END,
             code,
-            f"{reason}; not queued again: it has been {restarts} times, and max-restarts is "
-            f"{max_restarts}",
+            f"{reason}; not queued again after restart {restarts}: max-restarts is {max_restarts}",
         )
     # What was told to make way has saved: a storm of that is for the cap alone.
     if ending.cause is not Cause.SAVED and fruitless >= FRUITLESS_LIMIT:

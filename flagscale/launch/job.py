@@ -177,8 +177,8 @@ class _Attempts:
             if not self._owns():
                 self._say("another attempt has taken this run over: this one ends")
                 return SUPERSEDED
-            self._end(ending)
-        decision = self._decision(ending)
+            decision = self._decision(ending)
+            self._end(replace(ending, reason=decision.reason))
         return self._follow(decision, ending)
 
     def _say(self, text: str) -> None:
@@ -209,14 +209,19 @@ class _Attempts:
     def _end(self, ending: Ending) -> None:
         if self._attempt is None or not self._owns():
             return
-        iteration = last_iteration(self._job.run_dir, self._plan.save_dir, self._attempt)
         end_attempt(
             self._job.run_dir,
             self._attempt.number,
             exit_code=ending.exit_code,
             reason=ending.reason,
-            iteration=iteration,
+            iteration=self._iteration(),
         )
+
+    def _iteration(self) -> int | None:
+        """The last one that this attempt has logged or saved."""
+        if self._attempt is None:
+            return None
+        return last_iteration(self._job.run_dir, self._plan.save_dir, self._attempt)
 
     # --- machines and layout ----------------------------------------------------------------------
 
@@ -440,11 +445,15 @@ class _Attempts:
     # --- what follows -----------------------------------------------------------------------------
 
     def _decision(self, ending: Ending) -> Decision:
+        fruitless = 0
+        if self._iteration() is None:
+            # This one has no end yet, and is not among them.
+            fruitless = 1 + fruitless_attempts(history(self._job.run_dir), self._job.job_id)
         decision = decide(
             ending,
             restarts=self._job.restarts,
             max_restarts=self._job.settings.max_restarts,
-            fruitless=fruitless_attempts(history(self._job.run_dir), self._job.job_id),
+            fruitless=fruitless,
         )
         if decision.action is Action.AGAIN and signal.SIGTERM in self._received:
             # A cancelled job must not come back; one that Slurm queues again needs no help.

@@ -155,7 +155,7 @@ def test_the_cap_holds(options: OptionTable, tmp_path: Path, slurm: Path) -> Non
     program(slurm, "srun", "exit 75")
     code, said = run(start(options, tmp_path, restarts=2, max_restarts=2))
     assert code == 75
-    assert "not queued again: it has been 2 times, and max-restarts is 2" in said
+    assert "not queued again after restart 2: max-restarts is 2" in said
     # Slurm itself may have queued it again.
     with pytest.raises(ConfigError, match="queued again 3 times"):
         run(start(options, tmp_path, restarts=3, max_restarts=2))
