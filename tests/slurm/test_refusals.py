@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from harness.slurm_cluster import SlurmCluster
@@ -15,7 +16,6 @@ NewRun = Callable[..., SlurmRun]
     ("words", "said"),
     [
         (["--sbatch=--partition=nope"], "partition"),
-        (["--sbatch=--account=nope", "--sbatch=--qos=nope"], "qos"),
         (["--nodes", 9], "9"),
         (["--tensor-model-parallel-size", 3], "3"),
         (["--data-path", "/nowhere/text_document"], "/nowhere/text_document.bin"),
@@ -32,12 +32,12 @@ def test_what_slurm_or_the_layout_cannot_do_is_said_before(
     assert cluster.ask("squeue", "-h") == ""
 
 
-def test_a_node_that_is_no_node_ends_the_job_by_its_name(
-    new_run: NewRun, cluster: SlurmCluster
+def test_checkpoints_that_cannot_be_written_are_said_before(
+    new_run: NewRun, cluster: SlurmCluster, tmp_path: Path
 ) -> None:
-    """The health check finds what is wrong with a machine; here, that nothing can be written."""
-    run = new_run({"health_check": "nodes"}, save="/proc/nowhere/checkpoints")
-    done = run.launch()
+    (tmp_path / "file").touch()
+    checkpoints = tmp_path / "file/checkpoints"
+    done = new_run(save=checkpoints, load=checkpoints).launch()
     assert done.returncode == 2, done.stdout
-    assert "/proc/nowhere" in done.stdout
+    assert f"{checkpoints} can be made and written" in done.stdout
     assert cluster.ask("squeue", "-h") == ""
