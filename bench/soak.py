@@ -104,9 +104,11 @@ class Soak:
             self.run.submit(pace=_PACE)
 
     def attempt(self) -> tuple[int, str]:
-        """Number and token of the attempt that owns the run; zero before the first."""
+        """Number and token of the attempt that owns the run; zero before the job's first."""
         path = self.run.run_dir / "attempt.json"
-        record = json.loads(path.read_text()) if path.exists() else {"number": 0, "token": ""}
+        record = json.loads(path.read_text()) if path.exists() else {}
+        if record.get("job_id") != str(self.run.job_id):
+            return 0, ""
         return record["number"], record["token"]
 
     def rows(self, token: str) -> list[StepRow]:
