@@ -33,9 +33,6 @@ from flagattention.kernels.frame import Frame  # noqa: E402
 from flagattention.problem import NEVER, Problem  # noqa: E402
 from flagattention.turns import Tables  # noqa: E402
 
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-"""Bytes of shared memory a program may take."""
-
 LOOPS = {
     "forward": (5, 2),
     "backward_kv": (6, 3),
@@ -60,6 +57,7 @@ class Compiled:
         tiles: Its configuration, as "128x64", with warps and stages.
         stages: Tiles in flight.
         shared: Bytes of shared memory.
+        tensor_memory: Columns of tensor memory; 0 on a chip without.
         registers: Of a thread; -1 where the assembler does not say.
         spilled: Bytes stored to and loaded from local memory; -1 as above.
         loops: Innermost loops with matrix instructions.
@@ -70,6 +68,7 @@ class Compiled:
     tiles: str
     stages: int
     shared: int
+    tensor_memory: int
     registers: int
     spilled: int
     loops: list[Loop]
@@ -169,6 +168,7 @@ def examine(arch: str, name: str, planned: launch.Launch, far: bool) -> Compiled
         f"{tiles.block_m}x{tiles.block_n}, {tiles.warps} warps{', tma' if tiles.tma else ''}",
         tiles.stages,
         made.metadata.shared,
+        getattr(made.metadata, "tmem_size", 0) or 0,
         registers,
         spilled,
         loops,

@@ -30,6 +30,9 @@ SIZES = (64, 128, 256)
 KERNELS = ("forward", "backward_kv", "backward_q")
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 """Bytes of shared memory a program may take."""
+TENSOR_MEMORY_LIMIT = 512
+"""Columns of a multiprocessor's tensor memory. What needs more compiles, to a program that stops at
+once; the driver never gets to see it, for Triton refuses the launch."""
 SPILL_LIMIT = 256
 """Bytes, stored and loaded in all."""
 WORK_BARS = {4096: 1.03, 8192: 1.015, 32768: 1.005}
@@ -70,6 +73,8 @@ def problems(arch: str, size: int, rows: list[Row]) -> list[str]:
         name = f"{arch}, {size}, {row['kernel']}{'' if row['far'] else ' (plain)'}"
         if row["shared"] > SHARED_LIMIT[arch]:
             found.append(f"{name}: {row['shared']} bytes of shared memory")
+        if row["tensor_memory"] > TENSOR_MEMORY_LIMIT:
+            found.append(f"{name}: {row['tensor_memory']} columns of tensor memory")
         if not row["far"] or not is_barred(arch, size, row["kernel"]):
             continue
         if row["spilled"] > SPILL_LIMIT:

@@ -69,7 +69,17 @@ TABLE: dict[str, dict[int, dict[str, Tiles]]] = {
         256: _row(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(64, 32, 8, 1)),
     },
     "sm_90": _HOPPER,
-    "sm_100": _HOPPER,
+    # Three accumulators of 256 columns do not fit into the tensor memory: there dk/dv multiplies by
+    # the older instructions, whose accumulators are registers.
+    "sm_100": _HOPPER
+    | {
+        256: _row(
+            Tiles(128, 64, 8, 2, tma=True),
+            Tiles(64, 32, 8, 1, tma=True),
+            Tiles(64, 64, 8, 2, tma=True),
+            Tiles(64, 64, 8, 1, tma=True),
+        )
+    },
     "gfx942": {
         64: _row(Tiles(128, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1)),
         128: _row(Tiles(128, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1)),

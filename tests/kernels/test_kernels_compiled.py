@@ -15,7 +15,8 @@ from attention_static import KERNELS, Row, problems, work, work_problems
 
 ROW: Row = {
     "kernel": "forward", "far": True, "tiles": "128x64", "stages": 2, "shared": 1000,
-    "registers": 100, "spilled": 256, "loops": [{"matrix": 12, "local": 0}] * 5,
+    "tensor_memory": 512, "registers": 100, "spilled": 256,
+    "loops": [{"matrix": 12, "local": 0}] * 5,
 }  # fmt: skip
 PLAIN = {**ROW, "far": False, "loops": ROW["loops"][:2]}
 
@@ -37,6 +38,7 @@ def test_the_loops_are_those_of_plain_attention(arch: str, size: int) -> None:
     [
         ({"spilled": 257}, "257 bytes spilled"),
         ({"shared": 166_913}, "shared memory"),
+        ({"tensor_memory": 513}, "513 columns of tensor memory"),
         ({"loops": [{"matrix": 12, "local": 0}] * 4 + [{"matrix": 12, "local": 1}]}, "local"),
         ({"loops": [{"matrix": 12, "local": 0}] * 4 + [{"matrix": 18, "local": 0}]}, "matrix"),
     ],
