@@ -72,7 +72,9 @@ class FlagScaleError(Exception):
             ("cure", self.cure),
         )
         lines = [f"  {label + ':':<10}{value}" for label, value in facts if value is not None]
-        return "\n".join([self.what, *lines])
+        text = "\n".join([self.what, *lines])
+        # What was found may hold characters that no terminal and no file takes.
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 class VerificationError(FlagScaleError):

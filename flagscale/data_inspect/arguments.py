@@ -152,6 +152,13 @@ def _verify_types(values: Mapping[str, Any]) -> None:
                 got=repr(value)[:100],
                 cure="give the arguments of the run",
             )
+        if any(isinstance(item, str) and "\0" in item for item in items):
+            raise DataError(
+                "an argument holds a null character, as none of a command line can",
+                where=f"--{name.replace('_', '-')}",
+                got=repr(value)[:100],
+                cure="give the arguments of the run",
+            )
 
 
 def _verify_seed(seed: Any) -> None:

@@ -45,6 +45,8 @@ BLOCK = 64
 CHUNK = 1 << 22
 LONG = 1 << 23
 """So many elements take long enough to be told of."""
+MOST = 1 << 32
+"""So many are not shuffled in memory."""
 
 Progress = Callable[[str], None]
 Array = npt.NDArray[Any]
@@ -297,8 +299,18 @@ def build_order(
         seq_length: Tokens a sample, the extra one not counted.
         add_extra: Whether a sample is read with the token behind it.
         progress: Told what is about to be done, where it takes long.
+
+    Raises:
+        DataError: There are more sequences or samples than anyone shuffles in memory.
     """
     positions = plan.num_epochs * (last - first)
+    if max(positions, plan.num_samples_total) >= MOST:
+        raise DataError(
+            "an order is too large to be made again",
+            expected=f"less than {MOST} sequences and samples",
+            got=f"{positions} sequences, {plan.num_samples_total} samples",
+            cure="check the number of samples, or give the run's --data-cache-path",
+        )
     say = progress if progress and positions + plan.num_samples_total > LONG else lambda _: None
     random = np.random.RandomState(seed)
     together = plan.num_epochs - plan.separate_final_epoch

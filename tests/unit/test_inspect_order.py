@@ -141,6 +141,12 @@ def test_no_tokens() -> None:
         plan_order(0, 5, 8)
 
 
+@pytest.mark.parametrize("wanted", [2**32, 2**50])
+def test_more_than_is_shuffled_in_memory(wanted: int) -> None:
+    with pytest.raises(DataError, match="too large to be made again"):
+        build_order(np.full(4, 4, np.int32), 0, 4, plan_order(16, wanted, 5), 1, seq_length=5)
+
+
 @pytest.mark.parametrize("sample", [-1, 3])
 def test_no_such_sample(sample: int) -> None:
     lengths = np.full(4, 4, np.int32)

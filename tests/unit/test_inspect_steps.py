@@ -388,3 +388,12 @@ def test_a_release_that_has_the_schedule_ignores_the_ramp() -> None:
     assert plan_schedule(older).batch_size(0) == 4
     newer = DataArguments.read(printed | {"step_batch_size_schedule": None})
     assert plan_schedule(newer).batch_size(0) == 16
+
+
+@pytest.mark.parametrize("argument", ["data_cache_path", "split", "data_path"])
+def test_what_no_command_line_can_hold(argument: str) -> None:
+    printed = {"seed": 1, "seq_length": 8, "global_batch_size": 16, "micro_batch_size": 1}
+    printed |= {"data_parallel_size": 1, "data_path": ["x"], "train_iters": 9, "split": "1,0,0"}
+    damaged = ["a\0b"] if argument == "data_path" else "a\0b"
+    with pytest.raises(DataError, match="null character"):
+        DataArguments.read(printed | {argument: damaged})
