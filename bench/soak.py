@@ -41,7 +41,7 @@ KINDS = {
     "signal": "scancel --signal=USR1",
 }
 _WEIGHTS = (6, 4, 4, 3, 3, 2)
-_PACE = 0.5  # seconds that a step takes longer
+_PACE = 1.0  # seconds that a step takes longer
 _SAVE_INTERVAL = 5
 _TIMEOUT = 900.0  # seconds; of a start on a machine that does other things too
 
@@ -55,7 +55,8 @@ class Kill:
         kind: Of :data:`KINDS`.
         attempt: That was killed.
         step: The last one done.
-        saved: The newest whole checkpoint when it was killed, 0 without.
+        saved: The newest whole checkpoint when it was killed, 0 without; ranks that live on may
+            have saved more.
         resumed: The first step of the next attempt.
         seconds: From the kill to the end of that step.
     """
@@ -197,9 +198,9 @@ class Soak:
         from harness import train
 
         found = [
-            f"kill {kill.number}: step {kill.resumed} follows, though {kill.saved} was saved"
+            f"kill {kill.number}: {kill.resumed} follows step {kill.step}, {kill.saved} was saved"
             for kill in kills
-            if kill.resumed <= kill.saved
+            if kill.resumed <= kill.saved or kill.lost > _SAVE_INTERVAL
         ]
         if not self.finished:
             return [*found, "the run is not finished"]
@@ -264,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Kills one training run on Slurm, many times.")
     parser.add_argument("--work-dir", type=Path, default=ROOT / "outputs/soak")
     parser.add_argument("--kills", type=int, default=20, help="default: %(default)s")
-    parser.add_argument("--train-iters", type=int, default=150, help="default: %(default)s")
+    parser.add_argument("--train-iters", type=int, default=240, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--table", type=Path, help="write the page with the figures here")
     options = parser.parse_args(argv)
