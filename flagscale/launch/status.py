@@ -125,7 +125,7 @@ def describe_run(run: RunStatus, now: float) -> str:
             f"finished         at iteration {run.finished.iteration}, {_moment(run.finished.time)}"
         )
     if run.status is not None:
-        lines += render_status(run.status, now)
+        lines += render_status(run.status, now, running=run.state == "running")
         quiet = now - run.status.time
         if run.state == "running" and quiet > _QUIET:
             lines.append(f"warning          no step was logged for {quiet / 60:.0f} minutes")

@@ -70,8 +70,14 @@ def read_status(run_dir: Path) -> Status | None:
         return None
 
 
-def render_status(status: Status, now: float) -> tuple[str, ...]:
-    """What people read, line by line."""
+def render_status(status: Status, now: float, *, running: bool = True) -> tuple[str, ...]:
+    """What people read, line by line.
+
+    Args:
+        status: The last one written.
+        now: Seconds since the epoch.
+        running: Whether it trains now; else no moment of its end can be told.
+    """
     share = 100 * status.iteration / status.train_iters if status.train_iters else 100.0
     loss = "not finite" if status.loss is None else f"{status.loss:.4f}"
     checkpoint = "none yet"
@@ -83,7 +89,8 @@ def render_status(status: Status, now: float) -> tuple[str, ...]:
     end = "unknown"
     if left is not None:
         moment = datetime.fromtimestamp(status.time + left, UTC)
-        end = f"{_duration(left)}, about {moment:%Y-%m-%d %H:%M} UTC"
+        when = f"about {moment:%Y-%m-%d %H:%M} UTC" if running else "of training"
+        end = f"{_duration(left)}, {when}" if left else "none is left"
     return (
         f"iteration        {status.iteration} of {status.train_iters} ({share:.1f} %), "
         f"{_duration(now - status.time)} ago",

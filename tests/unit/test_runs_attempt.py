@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,7 @@ def test_status(tmp_path: Path) -> None:
         "last checkpoint  iteration 40, 2 min ago",
         "time to the end  16 h 40 min, about 1970-01-01 16:56 UTC",
     )
+    *_, left = render_status(status, now=1030.0, running=False)
+    assert left == "time to the end  16 h 40 min, of training"
+    *_, left = render_status(replace(status, tokens=160_000), now=1030.0)
+    assert left == "time to the end  none is left"
