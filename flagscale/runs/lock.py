@@ -7,8 +7,8 @@ one that is cut off from the file system must not be taken for gone.
 
 from __future__ import annotations
 
-import contextlib
 import enum
+import hashlib
 import json
 import os
 import secrets
@@ -20,7 +20,6 @@ from typing import Any, Final, Literal
 
 from flagscale.ckpt_io.raw import disk_errors, flush_directory
 from flagscale.errors import ConfigError
-from flagscale.runs.records import read_record
 
 __all__ = [
     "LOCK",
@@ -161,17 +160,13 @@ def acquire(
                 else f"if it is certain that it is gone, delete {path}",
             )
         with disk_errors(path):
-            if (seen is None or _move_away(path, seen)) and _create(path, ours):
+            if _create(path, ours) if seen is None else _succeed(path, seen, ours):
                 return ruling
         # Somebody was quicker: look again.
 
 
 def _create(path: Path, ours: Holder) -> bool:
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    with draft.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(asdict(ours)) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    draft = _draft(path, ours)
     try:
         os.link(draft, path)  # unlike a rename, only one of several can
     except FileExistsError:
@@ -182,34 +177,54 @@ def _create(path: Path, ours: Holder) -> bool:
     return True
 
 
-def _move_away(path: Path, seen: bytes) -> bool:
-    """Remove a lock, if it is still the one that was ruled on."""
-    away = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        path.rename(away)
-    except FileNotFoundError:
-        return True
-    try:
-        if away.read_bytes() == seen:
-            return True
-        with contextlib.suppress(FileExistsError):
-            os.link(away, path)  # it was somebody's new one: put it back
+def _succeed(path: Path, seen: bytes, ours: Holder) -> bool:
+    """Take over from a holder that was ruled on.
+
+    The lock itself is never away, not for a moment: who finds none takes it. One of several creates
+    the successor's file, which counts from then on, and brings it to the lock's place.
+    """
+    successor = _successor(path, seen)
+    if not _create(successor, ours):
         return False
-    finally:
-        away.unlink()
+    won = _content(path) == _bytes(ours)  # else another has succeeded, and tidied up, before
+    if won:
+        _draft(path, ours).replace(path)
+        flush_directory(path.parent)
+    successor.unlink()
+    return won
+
+
+def _successor(path: Path, content: bytes) -> Path:
+    return path.with_name(f".{path.name}.after-{hashlib.sha256(content).hexdigest()[:16]}")
+
+
+def _draft(path: Path, ours: Holder) -> Path:
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    with draft.open("wb") as stream:
+        stream.write(_bytes(ours))
+        stream.flush()
+        os.fsync(stream.fileno())
+    return draft
+
+
+def _bytes(holder: Holder) -> bytes:
+    return json.dumps(asdict(holder)).encode() + b"\n"
 
 
 def _content(path: Path) -> bytes | None:
+    """Of the lock, or of the last successor that was created; ``None`` if there is no lock."""
     with disk_errors(path):
+        content = None
         try:
-            return path.read_bytes()
+            while True:
+                content = (path if content is None else _successor(path, content)).read_bytes()
         except FileNotFoundError:
-            return None
+            return content
 
 
 def read_holder(run_dir: Path) -> Holder | None:
     """Who has the lock of a run directory, or had it last; ``None`` if nobody ever had."""
-    return _from_facts(read_record(run_dir / LOCK))
+    return _holder(_content(run_dir / LOCK))
 
 
 def _holder(content: bytes | None) -> Holder | None:

@@ -82,7 +82,8 @@ def test_a_lock_that_cannot_be_read_is_no_evidence(tmp_path: Path) -> None:
     assert acquire(tmp_path, _JOB, lambda _: None, force=True) is Ruling.UNKNOWN
 
 
-def test_one_of_many_gets_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("_round", range(10))
+def test_one_of_many_gets_it(tmp_path: Path, _round: int) -> None:
     acquire(tmp_path, _JOB, refuse_to_say)
     won: list[str] = []
     barrier = threading.Barrier(8)
@@ -105,6 +106,7 @@ def test_one_of_many_gets_it(tmp_path: Path) -> None:
     holder = read_holder(tmp_path)
     assert isinstance(holder, SlurmHolder)
     assert won == [holder.job_id]
+    assert os.listdir(tmp_path) == [LOCK]
 
 
 def test_local_evidence() -> None:
