@@ -14,10 +14,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any, Final, TextIO
 
 import flagscale
@@ -40,7 +39,7 @@ from flagscale.launch.ending import (
     decide,
     read_srun_line,
 )
-from flagscale.launch.local import FORWARDED, verify_paths, write_run_dir
+from flagscale.launch.local import signals_told, verify_paths, write_run_dir
 from flagscale.launch.node_check import Check, execute_check
 from flagscale.launch.ownership import (
     error_records,
@@ -155,7 +154,7 @@ class _Attempts:
         write_run_dir(replace(self._plan, resolved_recipe=job.recipe))
         if take_finished(job.run_dir, self._plan, self._say):
             return 0
-        with self._signals():
+        with signals_told(self._hear):
             self._begin(self._plan, job.hosts[: self._nodes(self._plan)])
             try:
                 if job.restarts > job.settings.max_restarts:
@@ -422,21 +421,11 @@ class _Attempts:
 
     # --- signals ----------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Note signals, and hand them on to srun while it runs."""
-
-        def receive(signum: int, _frame: FrameType | None) -> None:
-            self._received.append(signum)
-            if self._srun is not None:
-                self._srun.send_signal(signum)
-
-        previous = {signum: signal.signal(signum, receive) for signum in FORWARDED}
-        try:
-            yield
-        finally:
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)
+    def _hear(self, signum: int) -> None:
+        """Note a signal, and hand it on to srun while it runs."""
+        self._received.append(signum)
+        if self._srun is not None:
+            self._srun.send_signal(signum)
 
     def _give_up_if_ended(self) -> None:
         if signal.SIGTERM in self._received:

@@ -33,6 +33,7 @@ __all__ = [
     "FORWARDED",
     "execute_local",
     "log_header",
+    "signals_told",
     "verify_paths",
     "write_run_dir",
 ]
@@ -172,7 +173,7 @@ class _Job:
 
     def run(self) -> int:
         """Start, watch, end; the job's exit code."""
-        with _signals_received(self._received):
+        with signals_told(self._received.append):
             try:
                 self._start()
                 while self._running():
@@ -295,11 +296,11 @@ class _Job:
 
 
 @contextlib.contextmanager
-def _signals_received(received: list[int]) -> Iterator[None]:
-    """Collect the signals to forward instead of dying of them."""
+def signals_told(hear: Callable[[int], None]) -> Iterator[None]:
+    """Tell of the signals to forward instead of dying of them."""
 
     def receive(signum: int, _frame: FrameType | None) -> None:
-        received.append(signum)
+        hear(signum)
 
     previous = {signum: signal.signal(signum, receive) for signum in FORWARDED}
     try:

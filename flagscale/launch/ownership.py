@@ -13,7 +13,7 @@ from typing import Any
 from flagscale.launch.plan import LaunchPlan
 from flagscale.launch.queue import job_state
 from flagscale.runs.attempt import Attempt
-from flagscale.runs.complete import newest_complete
+from flagscale.runs.complete import MARKER, iteration_directory, newest_complete
 from flagscale.runs.finished import FINISHED, Finished, read_finished
 from flagscale.runs.lock import (
     Holder,
@@ -130,7 +130,7 @@ def last_iteration(run_dir: Path, save_dir: Path | None, attempt: Attempt) -> in
         reached.append(status.iteration)
     saved = None if save_dir is None else newest_complete(save_dir)
     if save_dir is not None and saved is not None:
-        marker = read_record(save_dir / f"iter_{saved:07d}" / "COMPLETE.json") or {}
+        marker = read_record(iteration_directory(save_dir, saved) / MARKER) or {}
         if marker.get("attempt") == attempt.number:
             reached.append(saved)
     return max(reached, default=None)
