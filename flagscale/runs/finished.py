@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from flagscale.runs.records import read_record, write_record
+from flagscale.runs.records import read_as, write_record
 
 __all__ = ["FINISHED", "Finished", "read_finished", "write_finished"]
 
@@ -52,8 +52,4 @@ def write_finished(
 
 def read_finished(run_dir: Path) -> Finished | None:
     """The end of the run; ``None`` if it is not done."""
-    facts = read_record(run_dir / FINISHED)
-    try:
-        return None if facts is None else Finished(**facts)
-    except TypeError:
-        return None
+    return read_as(run_dir / FINISHED, Finished)

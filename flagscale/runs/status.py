@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
-from flagscale.runs.records import read_record, write_record
+from flagscale.runs.records import read_as, write_record
 
 __all__ = ["STATUS", "Status", "read_status", "render_status", "write_status"]
 
@@ -63,11 +63,7 @@ def write_status(run_dir: Path, status: Status) -> None:
 
 def read_status(run_dir: Path) -> Status | None:
     """The last status written; ``None`` if there is none yet."""
-    facts = read_record(run_dir / STATUS)
-    try:
-        return None if facts is None else Status(**facts)
-    except TypeError:
-        return None
+    return read_as(run_dir / STATUS, Status)
 
 
 def render_status(status: Status, now: float, *, running: bool = True) -> tuple[str, ...]:
