@@ -42,6 +42,12 @@ _MARK = "FLAGSCALE_TEST_CLUSTER"
 
 # cred_expire is also how long a job that is queued again must wait: two minutes by default.
 # PriorityType and the backfill are as installed; the intervals are short so that tests are.
+_PROLOG = """\
+#!/bin/sh
+if [ -e {directory}/spoiled-$SLURMD_NODENAME ]; then echo export PYTHONHOME=/nonexistent; fi
+"""
+"""What each task runs first: on a spoiled node, no Python starts."""
+
 _CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -63,6 +69,7 @@ MpiDefault=none
 SwitchType=switch/none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+TaskProlog={directory}/task_prolog.sh
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
@@ -149,6 +156,9 @@ class SlurmCluster:
             nodes="\n".join(names),
         )
         (self.directory / "slurm.conf").write_text(text)
+        prolog = self.directory / "task_prolog.sh"
+        prolog.write_text(_PROLOG.format(directory=self.directory))
+        prolog.chmod(0o755)
         self._start_munged()
         self.start_controller()
         for node in range(1, nodes + 1):
@@ -342,8 +352,14 @@ class SlurmCluster:
                 raise AssertionError(f"no {what} after {timeout_s} s\n{queue}")
             time.sleep(0.2)
 
+    def spoil(self, number: int) -> None:
+        """Let no Python start on a node, counted from 1, until the cluster is cleared."""
+        (self.directory / f"spoiled-{self.nodes[number - 1]}").touch()
+
     def clear(self) -> None:
         """End all jobs, and what is left of them; have every node back."""
+        for spoiled in self.directory.glob("spoiled-*"):
+            spoiled.unlink()
         self.run("scancel", f"--user={getpass.getuser()}")
         running = {p.command[-1] for p in self.processes() if Path(p.command[0]).name == "slurmd"}
         for number, name in enumerate(self.nodes, 1):
